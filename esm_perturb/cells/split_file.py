@@ -34,6 +34,8 @@ def parse_perturbation(label: str, separator: str = "+") -> tuple[str, ...]:
 
 def canonical_perturbation(label: str, *, control: str | None = None) -> str:
     """One spelling for a perturbation: `"B+A"` → `"A+B"`, and with `control="ctrl"` also `"A+ctrl"` → `"A"`."""
+    if label == control:
+        return label
     parts = parse_perturbation(label)
     return "+".join([part for part in parts if part != control] or parts)
 

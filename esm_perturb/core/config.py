@@ -295,11 +295,12 @@ def check_values(config: RunConfig) -> RunConfig:
             raise InputError(f"Setting '{path}' must lie in [0, 1), found {value}.")
     return config
 
-# %% ../../nbs/core/10_config.ipynb #42cb9062
+# %% ../../nbs/core/10_config.ipynb #8faf3a09
 PRESETS = {
     "esm_state": {"name": "esm_state", "model": {"name": "esm_state"}},
     "demo": {
         "name": "demo",
+        "data": {"name": "perturbation"},
         "model": {
             "name": "esm_state",
             "kwargs": {"hidden_dim": 64, "cell_set_len": 32, "n_layers": 2, "n_heads": 4, "dropout": 0.0},
@@ -467,17 +468,20 @@ def resolve_config(
     *,
     preset: str = "",
     config: str | Path | Iterable[str | Path] = "",
+    run: Mapping[str, object] | None = None,
     parameters: Mapping[str, object] | None = None,
     overrides: Iterable[str] = (),
 ) -> RunConfig:
-    """Resolve a run's settings: preset ← `config` ← `parameters` ← `overrides`.
+    """Resolve a run's settings: preset ← `config` ← `run` ← `parameters` ← `overrides`.
 
     Parameters
     ----------
     preset
-        A key of `PRESETS`. Empty: `demo` without `config`, else `esm_state`.
+        A key of `PRESETS`. Empty: `demo` without `config` or where its name is `demo`, else `esm_state`.
     config
         One file, several separated by commas, or a list of files.
+    run
+        Settings in the shape of `RunConfig`, as `papermill -f run.yaml` passes them; empty values are ignored.
     parameters
         Short names (`PARAMETERS`) and values; empty values are ignored.
     overrides
@@ -498,12 +502,13 @@ def resolve_config(
         if isinstance(config, str)
         else [*([config] if isinstance(config, Path) else config)]
     )
-    preset = preset or ("esm_state" if files else "demo")
+    preset = preset or (_preset_of(files, run or {}))
     if preset not in PRESETS:
         raise InputError(f"Unknown preset '{preset}'{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}.")
     values: dict = dict(PRESETS[preset])
     for file in files:
         values = merge(values, read_config_file(str(file).strip()))
+    values = merge(values, {key: value for key, value in (run or {}).items() if not is_empty(value)})
     short = {name: value for name, value in (parameters or {}).items() if not is_empty(value)}
     for name, value in short.items():
         if name not in PARAMETERS:
@@ -512,7 +517,14 @@ def resolve_config(
     values = merge(values, parse_overrides(overrides))
     return check_values(from_dict(RunConfig, _anchor_paths(_copy(values), Path.cwd())))
 
-# %% ../../nbs/core/10_config.ipynb #nested
+# %% ../../nbs/core/10_config.ipynb #preset-of
+def _preset_of(files: list, run: Mapping[str, object]) -> str:
+    """The preset to start from: `demo` without files or where they call themselves demo, else `esm_state`."""
+    names = [read_config_file(str(file).strip()).get("name") for file in files] + [run.get("name")]
+    named = [name for name in names if not is_empty(name)]
+    return "demo" if named[-1:] == ["demo"] or not (files or named) else "esm_state"
+
+
 def _nested(path: str, value: object) -> dict:
     """`{"a": {"b": value}}` for the path `a.b`."""
     for part in reversed(path.split(".")):

@@ -6,11 +6,13 @@
 __all__ = ['world', 'rank', 'MetricsFile', 'wandb_logger', 'Progress', 'ResumableSampler', 'SamplerState', 'step_seed',
            'save_last', 'build_trainer']
 
-# %% ../../nbs/core/30_trainer.ipynb #fa7abe15
+# %% ../../nbs/core/30_trainer.ipynb #39a39738
 import csv
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import InputError, TrainingConfig, WandbConfig
 from .files import atomic_path
@@ -162,7 +164,8 @@ class Progress(pl.Callback):
         step, now = trainer.global_step, time.monotonic()
         if self._bar is not None and (now - self._shown >= self.every or step >= self.max_steps):
             self._shown = now
-            self._bar.set_postfix(loss=f"{float(outputs['loss']):.4g}", refresh=False)
+            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides it
+            self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -251,6 +254,13 @@ def build_trainer(
     """
     if training.accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("training.accelerator is cuda, but no CUDA device is visible; set it to auto or cpu.")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for remark in (
+        ".*does not have many workers",
+        ".*ended before the epoch ended",
+        ".*smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=remark)
     total, local = world()
     on_cpu = training.accelerator == "cpu" or not torch.cuda.is_available()
     strategy: object = "auto"

@@ -29,7 +29,7 @@ from .sequences import clean_sequence
 _FOUND = ("exact", "case-folded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CoverageReport:
     """How requested genes were matched.
 
@@ -62,7 +62,7 @@ class CoverageReport:
         return self.table.copy()
 
 # %% ../../nbs/proteins/30_embeddings.ipynb #lookup
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lookup:
     """Vectors of requested genes: `vectors` (n, dim) float32 in the order of `genes`; `found` bool per request."""
 
@@ -78,7 +78,7 @@ def _read_pt(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"'{path}' is a pickle that could run code when opened, and is refused: if you trust it, rewrite it once with "
+            f"'{path}' is a pickle that could run code when opened, and is refused: if you trust it, rewrite it with "
             "torch.save({k: torch.as_tensor(v) for k, v in torch.load(FILE, weights_only=False).items()}, NEW_FILE)."
         ) from error
     except (RuntimeError, EOFError) as error:
@@ -125,7 +125,7 @@ def _from_tensor(content: torch.Tensor, rows: dict[str, int], path: Path) -> tup
     return list(rows), content[list(rows.values())].float().numpy()
 
 # %% ../../nbs/proteins/30_embeddings.ipynb #geneembeddings
-@dataclass
+@dataclass(eq=False)
 class GeneEmbeddings:
     """One vector per gene.
 
@@ -171,7 +171,7 @@ class GeneEmbeddings:
         return folded
 
     def save(self, path: str | Path, map_path: str | Path | None = None) -> Path:
-        """Write `{symbol: FloatTensor}`, or with `map_path` a tensor and its `{symbol: row}`; the record goes beside it."""
+        """Write `{symbol: FloatTensor}`, or with `map_path` a tensor and its `{symbol: row}`; the record beside it."""
         return _save(self, Path(path), None if map_path is None else Path(map_path))
 
     @classmethod

@@ -135,7 +135,7 @@ class ESMEvaluator:
         return self.score(sequences)["perplexity"].tolist()
 
     def pseudo_perplexity(self, sequences: Sequence[str]) -> pd.DataFrame:
-        """Exact pseudo-perplexity: each standard residue hidden once, alone; columns as in `score`, no standard error."""
+        """Exact pseudo-perplexity: each standard residue hidden once, alone; `score`'s columns without the error."""
         return _score_table(self, sequences, _one_at_a_time).drop(columns="standard_error")
 
     def _draw(self, sequence: str) -> np.ndarray:
@@ -162,7 +162,7 @@ def _check_sequence(sequence: str, max_residues: int) -> tuple[str, str]:
         return cleaned, "It has no standard residue."
     return cleaned, ""
 
-
+# %% ../../nbs/proteins/50_perplexity.ipynb #nll-by-sequence
 def _nll_by_sequence(
     evaluator: ESMEvaluator, sequences: list[str], masks_of: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:

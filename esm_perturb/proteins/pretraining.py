@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORD', 'PretrainConfig', 'shared_words', 'Proteins', 'load_proteins', 'Crops', 'corrupt', 'masked_nll',
-           'held_out_report', 'learning_rate', 'pretrain', 'main']
+           'held_out_report', 'learning_rate', 'pretrain', 'model_card', 'main']
 
 # %% ../../nbs/proteins/40_pretraining.ipynb #71b1e460
 import argparse
@@ -462,6 +462,73 @@ def _finish(model: ESM2, proteins: Proteins, config: PretrainConfig) -> dict:
     write_json(output / "report.json", report)
     write_yaml(output / "config.yaml", to_dict(config))
     return report
+
+# %% ../../nbs/proteins/40_pretraining.ipynb #b0e7aa33
+_CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# mini_esm2
+
+A small masked language model of proteins with ESM2's architecture and alphabet, trained by `esm_perturb`
+so that its demo, tests and notebooks run offline. **It is not Meta's ESM2** and shares no weights with it.
+For research use `esm2_t33_650M_UR50D` or another real ESM2.
+
+| | |
+|---|---|
+{rows}
+
+Lower perplexity is better; a shuffled copy has the same residues in random order. Intervals are 95 %, over proteins.
+
+**Data.** {licence} {removed:,} proteins were removed from training because they share two or more
+7-residue words with a held-out protein; more distant relatives may remain.
+
+{files}
+
+**Licence of the weights.** Apache-2.0.
+
+**What it cannot do.** It is a few megabytes trained for an hour or two: its perplexity is not far below that of
+amino-acid frequencies, so it ranks designed proteins poorly. It knows nothing of structure or function and saw nothing
+beyond {crop} residues at once. Its embeddings tell families apart mostly by composition and local patterns.
+"""
+
+# %% ../../nbs/proteins/40_pretraining.ipynb #model-card
+def model_card(report: Mapping, config: PretrainConfig, *, licence: str) -> str:
+    """Markdown card of a trained mini ESM2.
+
+    Parameters
+    ----------
+    report
+        From `pretrain`.
+    config
+        The run's settings.
+    licence
+        Where the proteins come from and under which licence; said to be unstated when empty.
+    """
+    data = report["data"]
+    low, high = report["perplexity_interval"]
+    below, above = report["natural_below_shuffled_interval"]
+    size = f"{data['train']:,} ({data['train_residues']:,} residues)"
+    shape = f"{config.n_layers} layers, width {config.hidden_dim}, {config.n_heads} heads, stored in bfloat16"
+    won = f"{report['natural_below_shuffled']:.1%} of {report['n']}"
+    rows = {
+        "parameters": f"{report['parameters']:,} ({shape})",
+        "training": f"{report['steps']:,} steps of {config.batch_size} crops of {config.crop}, seed {config.seed}",
+        "residues seen": f"at most {report['residues_seen_at_most']:,}",
+        "proteins": f"{size} for training, {data['held_out']:,} held out",
+        "held-out masked perplexity": f"{report['perplexity']:.2f} ({low:.2f} to {high:.2f})",
+        "… of amino-acid frequencies alone": f"{report['unigram_perplexity']:.2f}",
+        "… of shuffled copies": f"{report['shuffled_perplexity']:.2f}",
+        "natural below shuffled": f"{won} ({below:.1%} to {above:.1%})",
+    }
+    files = [f"- `{file['file']}`, SHA-256 `{file['sha256'][:16]}…`" for file in data["files"]]
+    return _CARD.format(
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        licence=licence or "Source and licence of the proteins were not stated.",
+        removed=data["relatives_removed"],
+        files="\n".join(files),
+        crop=config.crop,
+    )
 
 # %% ../../nbs/proteins/40_pretraining.ipynb #main
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,53 @@
+# make demo | test | check | lab | realdata REALDATA=folder
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REALDATA ?=
+REALDATA_STEPS ?= 0
+export HF_HUB_OFFLINE ?= 0
+SHELL := /bin/bash
+
+.PHONY: help install install-dev demo test check readme lab realdata clean
+help:
+	@sed -n 's/^# make /targets: /p' Makefile
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# torch first and alone: an unpinned torch would pull another build with gigabytes of CUDA
+$(VENV)/.installed: setup.py settings.ini constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing esm_perturb (a few minutes the first time)"
+	@$(PIP) torch==2.13.0 2> >(grep -v '^WARNING: Location' >&2)
+	@$(PIP) --editable . 2> >(grep -v '^WARNING: Location' >&2)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools"
+	@$(PIP) --editable ".[dev]" 2> >(grep -v '^WARNING: Location' >&2)
+	@touch $@
+
+demo: install
+	@$(BIN)/esm-perturb demo --output_dir reports/demo
+
+check: install-dev
+	@$(BIN)/python tests/check.py
+
+test: check
+	@echo "notebooks"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing 2> >(grep -v 'IPKernelApp' >&2)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(REALDATA)" $(BIN)/python -m pytest
+
+realdata: install
+	@test -n "$(REALDATA)" || { echo "usage: make realdata REALDATA=folder, which holds perturb_seq/ and proteins/"; exit 2; }
+	@$(BIN)/esm-perturb demo --realdata "$(REALDATA)" --max_steps $(REALDATA_STEPS) --output_dir reports/norman19_mcfaline23
+
+readme: install-dev
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+
+lab: install-dev
+	@$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info reports/demo reports/norman19_mcfaline23

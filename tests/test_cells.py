@@ -1,0 +1,530 @@
+"""Splits, store and loader against brute force, hostile files, and real data."""
+
+import os
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esm_perturb.cells.data_module import PerturbationDataModule, SetSampler, group_cells
+from esm_perturb.cells.expression import dense_rows, detect_scale
+from esm_perturb.cells.inspection import inspect_h5ad
+from esm_perturb.cells.splits import (
+    assign_splits,
+    canonical_perturbation,
+    parse_perturbation,
+    read_split_toml,
+    split_overlap,
+)
+from esm_perturb.cells.store import CellStore, read_cells, store_from_anndata
+from esm_perturb.core.config import DataKwargs, InputError, MissingFileError
+
+DATA = DataKwargs()
+CONTROL = DATA.control_pert
+
+
+def make_adata(seed=0, *, n=400, n_genes=15, sparse=True, names=("STAT1", "TP53", "KLF1", "KLF1+TP53", "TP53+STAT1")):
+    """Random labels over three cell types and three lanes; combinations are spelt in either order."""
+    rng = np.random.default_rng(seed)
+    spelt = [other for name in names for other in {name, "+".join(reversed(name.split("+")))}]
+    obs = pd.DataFrame(
+        {
+            "gene": np.where(rng.random(n) < 0.3, CONTROL, rng.choice(spelt, n)),
+            "cell_type": rng.choice(["k562", "rpe1", "hep.g2"], n),
+            "gem_group": rng.integers(1, 4, n),
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    X = rng.poisson(1.0, (n, n_genes)).astype(np.float32)
+    X[:, 0] += 1
+    var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
+    return anndata.AnnData(X=scipy.sparse.csr_matrix(X) if sparse else X, obs=obs, var=var)
+
+
+def write_toml(folder, text):
+    path = Path(folder) / "splits.toml"
+    path.write_text(text)
+    return path
+
+
+HEAD = '[datasets]\n"screen.1" = "screen.h5ad"\n[training]\n"screen.1" = "train"\n'
+HELD_OUT = (
+    HEAD
+    + '[zeroshot]\n"screen.1.hep.g2" = "test"\n'
+    + '[fewshot."screen.1.k562"]\nval = ["KLF1"]\ntest = ["STAT1", "STAT1+TP53"]\n'
+)
+
+
+@pytest.fixture
+def screen(tmp_path):
+    """(store, spec) of a screen on disk whose data set and cell type names contain dots."""
+    make_adata().write_h5ad(tmp_path / "screen.h5ad")
+    spec = read_split_toml(write_toml(tmp_path, HELD_OUT))
+    return CellStore.from_spec(spec, DATA), spec
+
+
+def in_memory(adata, tmp_path, text, *, data=DATA, dataset="screen.1", **options):
+    """(store, splits) of cells in memory."""
+    store = store_from_anndata(adata, data, dataset=dataset)
+    spec = read_split_toml(write_toml(tmp_path, text))
+    return store, assign_splits(store.obs, spec, control=store.control, **options)
+
+
+# ---- splits
+
+
+def expected_label(cell_type, name):
+    """Where `HELD_OUT` puts a perturbed cell, one cell at a time."""
+    parts = set(name.split("+"))
+    if cell_type == "hep.g2":
+        return "test"
+    if cell_type == "k562" and parts == {"KLF1"}:
+        return "val"
+    if cell_type == "k562" and parts in ({"STAT1"}, {"STAT1", "TP53"}):
+        return "test"
+    return "train"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_cell_is_where_the_file_puts_it(tmp_path, seed):
+    adata = make_adata(seed)
+    _, splits = in_memory(adata, tmp_path, HELD_OUT)
+    for row, (name, cell_type) in enumerate(zip(adata.obs["gene"], adata.obs["cell_type"], strict=True)):
+        if name != CONTROL:
+            assert splits.labels[row] == expected_label(cell_type, name)
+    for split in ("train", "val", "test"):
+        wanted = [
+            row
+            for row, (name, cell_type) in enumerate(zip(adata.obs["gene"], adata.obs["cell_type"], strict=True))
+            if name != CONTROL and expected_label(cell_type, name) == split
+        ]
+        assert splits.perturbed_indices(split).tolist() == wanted
+        assert splits.table.loc[split, "cells"] == len(wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_controls_are_disjoint_complete_and_proportional(tmp_path, seed):
+    store, splits = in_memory(make_adata(seed), tmp_path, HELD_OUT, seed=seed)
+    rows = [splits.control_indices(split) for split in ("train", "val", "test")]
+    assert np.sort(np.concatenate(rows)).tolist() == np.flatnonzero(store.obs["perturbation"] == CONTROL).tolist()
+    context = (store.obs["cell_type"] == "k562").to_numpy()
+    cells = np.array([context[splits.perturbed_indices(split)].sum() for split in ("train", "val", "test")])
+    controls = np.array([context[part].sum() for part in rows])
+    assert np.abs(controls - controls.sum() * cells / cells.sum()).max() < 1
+    for lane in ("1", "2", "3"):
+        here = np.array([((store.obs["batch"].iloc[part] == lane) & context[part]).sum() for part in rows])
+        assert np.abs(here - here.sum() * controls / controls.sum()).max() < 2.5
+
+
+def test_shared_controls_serve_every_split_of_their_context(tmp_path):
+    store, splits = in_memory(make_adata(), tmp_path, HELD_OUT, share_controls=True)
+    controls = np.flatnonzero(store.obs["perturbation"] == CONTROL)
+    k562 = controls[(store.obs["cell_type"].iloc[controls] == "k562").to_numpy()]
+    assert splits.control_indices("train").tolist() == controls.tolist()
+    assert splits.control_indices("val").tolist() == k562.tolist()
+    assert set(k562) < set(splits.control_indices("test"))
+    assert split_overlap(store.obs, splits)["shared_controls"].min() > 0
+
+
+def test_the_hash_names_the_split(tmp_path):
+    store, splits = in_memory(make_adata(), tmp_path, HELD_OUT, seed=1)
+    spec = read_split_toml(tmp_path / "splits.toml")
+    assert assign_splits(store.obs, spec, control=CONTROL, seed=1).hash == splits.hash
+    assert assign_splits(store.obs, spec, control=CONTROL, seed=2).hash != splits.hash
+
+
+@given(st.lists(st.text("ABC+ ", min_size=1, max_size=6), min_size=1, max_size=4), st.randoms())
+def test_the_order_of_a_combination_does_not_matter(genes, random):
+    genes = [gene.strip("+ ").replace("+", "") for gene in genes]
+    genes = [gene for gene in genes if gene] or ["A"]
+    shuffled = random.sample(genes, len(genes))
+    assert canonical_perturbation("+".join(genes)) == canonical_perturbation("+".join(shuffled))
+    assert parse_perturbation(canonical_perturbation("+".join(genes))) == parse_perturbation("+".join(genes))
+
+
+def test_validation_is_a_seeded_share_of_training_perturbations(tmp_path):
+    text = HEAD + '[zeroshot]\n"screen.1.rpe1" = "test"\n'
+    store, splits = in_memory(make_adata(), tmp_path, text, val_fraction=0.4)
+    names = store.obs["perturbation"].to_numpy()
+    assert len(set(names[splits.perturbed_indices("val")])) == 2
+    assert not set(names[splits.perturbed_indices("val")]) & set(names[splits.perturbed_indices("train")])
+    assert "seeded: 2 of 5" in splits.table.loc["val", "chosen"]
+    none = in_memory(make_adata(), tmp_path, text, val_fraction=0.0)[1]
+    assert none.table.loc["val", "cells"] == 0 and none.control_indices("val").size == 0
+
+
+def test_cell_types_that_no_table_names_are_unused(tmp_path):
+    text = '[datasets]\n"screen.1" = "screen.h5ad"\n[fewshot."screen.1.k562"]\nval = ["KLF1"]\ntest = ["STAT1"]\n'
+    store, splits = in_memory(make_adata(), tmp_path, text)
+    assert set(splits.labels[(store.obs["cell_type"] != "k562").to_numpy()]) == {"unused"}
+    assert splits.table.loc["unused", "cells"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[zeroshot]\n"screen1.k562" = "test"', "did you mean 'screen.1'"),
+        ('[zeroshot]\n"screen.1.K562 " = "test"', "did you mean 'k562'"),
+        ('[zeroshot]\n"screen.1" = "test"', "names no cell type"),
+        ('[fewshot."screen.1.k56"]\ntest = ["STAT1"]', "did you mean 'k562'"),
+        ('[fewshot."screen.1.k562"]\ntest = ["STAT11"]', "did you mean 'STAT1'"),
+        ('[fewshot."screen.1.k562"]\ntest = ["TP53+KLF"]', "did you mean 'KLF1+TP53'"),
+        ('[fewshot."screen.1.k562"]\ntest = ["KLF1+TP53"]\nval = ["TP53+KLF1"]', "both val and test"),
+        (f'[fewshot."screen.1.k562"]\ntest = ["{CONTROL}"]', "Control label"),
+        ('[fewshot."screen.1.k562"]\nvalid = ["STAT1"]', "only val and test are read"),
+        ('[few_shot."screen.1.k562"]\ntest = ["STAT1"]', "did you mean 'fewshot'"),
+    ],
+)
+def test_a_name_that_matches_nothing_stops_the_run(tmp_path, text, message):
+    with pytest.raises(InputError) as caught:
+        in_memory(make_adata(), tmp_path, HEAD + text + "\n")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_perturbation_of_another_cell_type_is_not_this_one(tmp_path):
+    adata = make_adata()
+    adata = adata[~((adata.obs["cell_type"] == "k562") & (adata.obs["gene"] == "STAT1"))].copy()
+    with pytest.raises(InputError, match="has no cell in k562"):
+        in_memory(adata, tmp_path, HELD_OUT)
+
+
+def test_contexts_without_enough_controls_are_refused(tmp_path):
+    adata = make_adata()
+    is_control = (adata.obs["gene"] == CONTROL) & (adata.obs["cell_type"] == "k562")
+    with pytest.raises(InputError, match="no control"):
+        in_memory(adata[~is_control].copy(), tmp_path, HELD_OUT)
+    few = is_control & (is_control.cumsum() > 2)
+    with pytest.raises(InputError, match="share_controls=true"):
+        in_memory(adata[~few].copy(), tmp_path, HELD_OUT)
+    assert in_memory(adata[~few].copy(), tmp_path, HELD_OUT, share_controls=True)
+
+
+def test_a_file_in_which_nothing_trains_is_refused(tmp_path):
+    zeroshot = "".join(f'"screen.1.{cell_type}" = "test"\n' for cell_type in ("k562", "rpe1", "hep.g2"))
+    with pytest.raises(InputError, match="No perturbed cell trains"):
+        in_memory(make_adata(), tmp_path, '[datasets]\n"screen.1" = "s.h5ad"\n[zeroshot]\n' + zeroshot)
+
+
+def test_the_audit_finds_what_training_shares(tmp_path):
+    store, splits = in_memory(make_adata(), tmp_path, HELD_OUT)
+    audit = split_overlap(store.obs, splits).set_index(["cell_type", "perturbation"])
+    assert (audit["train_cells"] == 0).all() and (audit["shared_controls"] == 0).all()
+    assert audit.loc[("k562", "STAT1"), "trained_elsewhere"] == "screen.1/rpe1 (unspecified)"
+    assert audit.loc[("k562", "STAT1+TP53"), "parts_trained"] == "STAT1, TP53"
+    assert audit["test_cells"].sum() == len(splits.perturbed_indices("test"))
+
+
+# ---- store
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense", "int32", "float64"])
+def test_every_storage_gives_the_same_cells(tmp_path, layout):
+    adata, reference = make_adata(), store_from_anndata(make_adata(), DATA)
+    convert = {
+        "csr": lambda X: X,
+        "csc": scipy.sparse.csc_matrix,
+        "dense": lambda X: X.toarray(),
+        "int32": lambda X: X.astype(np.int32),
+        "float64": lambda X: X.astype(np.float64),
+    }
+    adata.X = convert[layout](adata.X)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    store = read_cells({"data": str(tmp_path / "screen.h5ad")}, DATA)
+    assert (store.scale_found, store.scale) == ("counts", "log1p")
+    assert store.rows([0]).dtype == np.float32
+    np.testing.assert_allclose(store.rows(np.arange(400)), reference.rows(np.arange(400)), rtol=1e-5)
+
+
+def test_counts_are_normalised_as_scanpy_does():
+    adata = make_adata()
+    store = store_from_anndata(adata, DATA)
+    import scanpy
+
+    scanpy.pp.normalize_total(adata, target_sum=1e4)
+    scanpy.pp.log1p(adata)
+    np.testing.assert_allclose(store.rows(np.arange(400)), adata.X.toarray(), rtol=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(-1, 29), max_size=40))
+@settings(deadline=None)
+def test_rows_are_the_rows_asked_for(seed, indices):
+    dense = np.random.default_rng(seed).poisson(0.5, (30, 7)).astype(np.float32)
+    expected = np.stack([dense[i] if i >= 0 else np.zeros(7) for i in indices]) if indices else np.zeros((0, 7))
+    for X in (dense, scipy.sparse.csr_matrix(dense)):
+        assert (dense_rows(X, np.array(indices, dtype=np.int64)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"pert_col": "genes"}, "did you mean 'gene'"),
+        ({"cell_type_key": "celltype"}, "did you mean 'cell_type'"),
+        ({"batch_col": "batch"}, "data.kwargs.batch_col=null"),
+        ({"control_pert": "DMSO_TF"}, "did you mean 'non-targeting'"),
+        ({"modality_col": "modality"}, "data.kwargs.modality_col"),
+        ({"output_space": "all"}, "supported: gene"),
+    ],
+)
+def test_wrong_settings_say_what_is_there(screen, settings_, message):
+    with pytest.raises(InputError) as caught:
+        CellStore.from_spec(screen[1], DataKwargs(**settings_))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    (tmp_path / "screen.h5ad").write_bytes(b"\x89HDF\r\n broken")
+    with pytest.raises(InputError, match="cannot be read as HDF5"):
+        read_cells({"d": str(tmp_path / "screen.h5ad")}, DATA)
+    with pytest.raises(MissingFileError, match="did you mean 'screen.h5ad'"):
+        read_cells({"d": str(tmp_path / "sceen.h5ad")}, DATA)
+    with pytest.raises(InputError, match="NaN"):
+        adata = make_adata(sparse=False)
+        adata.X[3, 3] = np.nan
+        store_from_anndata(adata, DATA)
+
+
+def test_each_data_set_needs_its_own_controls(tmp_path):
+    first, second = make_adata(0), make_adata(1)
+    second = second[second.obs["gene"] != CONTROL].copy()
+    first.write_h5ad(tmp_path / "a.h5ad")
+    second.write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(InputError, match="data set 'b'"):
+        read_cells({"a": str(tmp_path / "a.h5ad"), "b": str(tmp_path / "b.h5ad")}, DATA)
+
+
+def test_the_same_gene_by_two_modalities_is_two_conditions():
+    adata = make_adata()
+    adata.obs["how"] = np.where(adata.obs["cell_type"] == "k562", "CRISPRa", "CRISPRi")
+    store = store_from_anndata(adata, DataKwargs(cell_type_key=None, modality_col="how"))
+    stat1 = [condition for condition in store.conditions() if condition.perturbation == "STAT1"]
+    assert [condition.modality for condition in stat1] == ["CRISPRa", "CRISPRi"]
+    assert not set(store.cells(stat1[0])) & set(store.cells(stat1[1]))
+    assert len(store.controls(stat1[0])) == (adata.obs["gene"] == CONTROL).sum()
+
+
+# ---- sets
+
+
+def cells_of(batches):
+    return [cell for batch in batches for cell_set in batch for cell in cell_set.cells.tolist() if cell >= 0]
+
+
+@given(
+    seed=st.integers(0, 1000),
+    cell_set_len=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    world_size=st.integers(1, 4),
+    basal=st.sampled_from(["random", "batch"]),
+    resample=st.booleans(),
+)
+@settings(deadline=None, max_examples=25)
+def test_an_epoch_shows_every_training_cell_once(
+    tmp_path_factory, seed, cell_set_len, batch_size, world_size, basal, resample
+):
+    store, splits = in_memory(make_adata(seed, n=120), tmp_path_factory.mktemp("toml"), HEAD, seed=seed)
+    groups = group_cells(store, splits, "train", basal=basal)
+    ranks = [
+        SetSampler(
+            groups,
+            cell_set_len=cell_set_len,
+            batch_size=batch_size,
+            seed=seed,
+            resample=resample,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    batches = [list(rank) for rank in ranks]
+    assert {len(one) for one in batches} == {len(ranks[0])}
+    assert all(1 <= len(batch) <= batch_size for one in batches for batch in one)
+    shown = [set(cells_of(one)) for one in batches]
+    assert sum(map(len, shown)) == len(set().union(*shown)), "ranks share cells"
+    assert sorted(set().union(*shown)) == splits.perturbed_indices("train").tolist()
+    if not resample:
+        assert sum(len(cells_of(one)) for one in batches) == len(splits.perturbed_indices("train"))
+    controls = set(splits.control_indices("train"))
+    obs, columns = store.obs, ["dataset", "cell_type", "perturbation", "modality"]
+    for cell_set in (cell_set for one in batches for batch in one for cell_set in batch):
+        members, beside = cell_set.cells[cell_set.cells >= 0], cell_set.controls[cell_set.controls >= 0]
+        assert len(members) == len(beside) and (len(members) == cell_set_len or not resample)
+        labels = obs.iloc[members][columns].drop_duplicates()
+        assert [tuple(row) for row in labels.to_numpy()] == [groups.conditions[cell_set.group]]
+        assert set(beside) <= controls
+        assert set(obs["cell_type"].iloc[beside]) == set(labels["cell_type"])
+        if basal == "batch":
+            assert obs["batch"].iloc[members].nunique() == 1
+            same = {
+                row
+                for row in controls
+                if obs.iloc[row][["cell_type", "batch"]].equals(obs.iloc[members[0]][["cell_type", "batch"]])
+            }
+            assert set(beside) <= same or not same
+
+
+def test_an_epoch_depends_on_nothing_but_seed_and_epoch(screen):
+    store, spec = screen
+    splits = assign_splits(store.obs, spec, control=CONTROL)
+    groups = group_cells(store, splits, "train")
+    options = {"cell_set_len": 8, "batch_size": 2, "seed": 3}
+    old = SetSampler(groups, **options)
+    epochs = []
+    for epoch in range(4):
+        old.set_epoch(epoch)
+        epochs.append(list(old))
+    sets = [{frozenset(s.cells.tolist()) for batch in epoch for s in batch} for epoch in epochs]
+    assert all(not a & b or len(a & b) < len(a) / 2 for a, b in zip(sets, sets[1:], strict=False))
+    torch.manual_seed(0)
+    fresh = SetSampler(groups, **options)
+    fresh.set_epoch(3)
+    fresh.set_start(2)
+    for ours, expected in zip(list(fresh), epochs[3][2:], strict=True):
+        for a, b in zip(ours, expected, strict=True):
+            assert (a.cells == b.cells).all() and (a.controls == b.controls).all() and a.group == b.group
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_the_cells_that_were_chosen(tmp_path, sparse, workers):
+    store, splits = in_memory(make_adata(sparse=sparse), tmp_path, HELD_OUT)
+    data = DataKwargs(num_workers=workers)
+    module = PerturbationDataModule(store, splits, data=data, cell_set_len=8, batch_size=3, seed=0)
+    whole = store.rows(np.arange(len(store)))
+    for split in ("train", "val", "test"):
+        loader = module.loader(split)
+        for sets, batch in zip(list(loader.batch_sampler), loader, strict=True):
+            if split == "train":
+                assert batch["control"].shape == (len(sets), 8, 15)
+            for number, cell_set in enumerate(sets):
+                condition = module.groups[split].conditions[cell_set.group]
+                assert batch["perturbation"][number] == condition.perturbation
+                assert batch["cell_type"][number] == condition.cell_type
+                for place in range(batch["mask"].shape[1]):
+                    row, control = cell_set.cells[place], cell_set.controls[place]
+                    assert bool(batch["mask"][number, place]) == (row >= 0)
+                    zeros = np.zeros(15, np.float32)
+                    assert (batch["perturbed"][number, place].numpy() == (whole[row] if row >= 0 else zeros)).all()
+                    assert (batch["control"][number, place].numpy() == (whole[control] if row >= 0 else zeros)).all()
+
+
+class Recorder(pl.LightningModule):
+    """Remembers the sum of every batch; learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = {}
+
+    def training_step(self, batch):
+        self.seen.setdefault(self.current_epoch, []).append(batch["perturbed"].sum((1, 2)).tolist())
+        return (self.weight * batch["control"].mean()).sum()
+
+    def validation_step(self, batch):
+        self.seen.setdefault("val", []).append(batch["perturbed"].sum().item())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("val_fraction", [0.4, 0.0])
+def test_lightning_reshuffles_every_epoch(tmp_path, val_fraction):
+    store, splits = in_memory(make_adata(), tmp_path, HEAD, val_fraction=val_fraction)
+    module = PerturbationDataModule(store, splits, data=DATA, cell_set_len=8, batch_size=4, seed=0)
+    model = Recorder()
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, module)
+    flat = [np.concatenate(model.seen[epoch]) for epoch in range(3)]
+    assert len(model.seen[0]) == len(module.train_dataloader())
+    for a, b in zip(flat, flat[1:], strict=False):
+        assert np.isclose(a.sum(), b.sum(), rtol=1e-5), "the same cells in every epoch"
+        assert not np.allclose(np.sort(a), np.sort(b)), "in other sets"
+    if val_fraction:
+        val = np.array(model.seen["val"]).reshape(3, -1)
+        assert (val == val[0]).all()
+    else:
+        assert "val" not in model.seen
+
+
+# ---- real data
+
+
+@pytest.fixture
+def realdata():
+    folder = os.environ.get("REALDATA")
+    if not folder or not (Path(folder) / "perturb_seq").is_dir():
+        pytest.skip("REALDATA does not name a folder with perturb_seq/")
+    return Path(folder) / "perturb_seq"
+
+
+NORMAN = DataKwargs(pert_col="condition", batch_col=None, modality_col="perturbation_type", control_pert="control")
+
+
+@pytest.mark.realdata
+def test_norman_and_mcfaline(realdata, tmp_path):
+    file = realdata / "norman19_mcfaline23.h5ad"
+    raw = anndata.read_h5ad(file)
+    pairs = sorted(name for name in raw.obs["condition"].unique() if "+" in name)
+    backwards = "+".join(reversed(pairs[0].split("+")))
+    spec = read_split_toml(
+        write_toml(
+            tmp_path,
+            f'[datasets]\nreal = "{file}"\n[training]\nreal = "train"\n[zeroshot]\n"real.T98G" = "test"\n'
+            f'[fewshot."real.k562"]\ntest = ["{backwards}"]\n',
+        )
+    )
+    store = CellStore.from_spec(spec, NORMAN)
+    assert (store.scale_found, store.scale, store.X.shape) == ("log1p", "log1p", (4796, 500))
+    np.testing.assert_allclose(store.rows([7]), raw.X[[7]].toarray().astype(np.float32))
+    assert {c.modality for c in store.conditions() if c.cell_type == "k562"} == {"CRISPRa"}
+    splits = assign_splits(store.obs, spec, control="control")
+    assert set(raw.obs["condition"].iloc[splits.perturbed_indices("test")]) >= {pairs[0]}
+    in_test = (raw.obs["cell_type"] == "T98G") | (raw.obs["condition"] == pairs[0])
+    is_control = raw.obs["condition"] == "control"
+    assert splits.perturbed_indices("test").tolist() == np.flatnonzero(in_test & ~is_control).tolist()
+    assert split_overlap(store.obs, splits)["train_cells"].sum() == 0
+    module = PerturbationDataModule(store, splits, data=NORMAN, cell_set_len=64, batch_size=8, seed=0)
+    batches = list(module.train_dataloader())
+    assert sum(int(batch["mask"].sum()) for batch in batches) == len(splits.perturbed_indices("train"))
+
+
+@pytest.mark.realdata
+def test_z_scores_stay_as_they_are(realdata):
+    file = realdata / "l1000_knockdown_zscores.h5ad"
+    settings_ = DataKwargs(pert_col="perturbation", cell_type_key=None, batch_col=None, control_pert="control")
+    store = read_cells({"l1000": str(file)}, settings_)
+    assert (store.scale_found, store.scale) == ("other", "other")
+    assert (store.rows(np.arange(len(store))) == anndata.read_h5ad(file).X).all()
+    with pytest.raises(InputError, match="cannot hold counts"):
+        read_cells({"l1000": str(file)}, DataKwargs(**{**vars(settings_), "scale": "counts"}))
+    with pytest.raises(InputError, match="cell_type_key=null"):
+        read_cells({"l1000": str(file)}, DataKwargs(pert_col="perturbation", control_pert="control"))
+
+
+@pytest.mark.realdata
+def test_counts_are_recognised_and_normalised(realdata):
+    file = realdata / "datlinger21_jurkat_counts.h5ad"
+    found = inspect_h5ad(file)
+    assert found["scale"] == "counts" and found["suggested"]["pert_col"] == "perturbation"
+    settings_ = DataKwargs(pert_col="perturbation", cell_type_key="condition", batch_col=None, control_pert="control")
+    store = read_cells({"datlinger": str(file)}, settings_)
+    raw = anndata.read_h5ad(file).X
+    totals = np.expm1(store.rows(np.arange(200)).astype(np.float64)).sum(1)
+    np.testing.assert_allclose(totals, np.where(np.asarray(raw[:200].sum(1)).ravel() > 0, 1e4, 0), rtol=1e-3)
+    assert detect_scale(store.X) == "log1p"
+    assert {condition.cell_type for condition in store.conditions()} == {"stimulated", "unstimulated"}

@@ -1,0 +1,490 @@
+"""Proteins: hostile files, and parity with fair-esm and transformers on equal random weights."""
+
+import argparse
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esm_perturb.core.config import InputError, MissingFileError
+from esm_perturb.core.files import project_root
+from esm_perturb.proteins.embeddings import GeneEmbeddings, embed_sequences
+from esm_perturb.proteins.esm2 import ALPHABET, ESM2, MASK, save_fair_esm, to_fair_esm_state, tokenize
+from esm_perturb.proteins.perplexity import ESMEvaluator, calculate_esm_perplexity, draw_masks
+from esm_perturb.proteins.sequences import AMINO_ACIDS, RESIDUES, clean_sequence, read_fasta, write_fasta
+
+LENGTHS = (5, 40, 17, 40, 1, 63)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    """Random weights with every bias and LayerNorm away from its start, so that a forgotten tensor shows."""
+    model = ESM2.new(n_layers=3, hidden_dim=48, n_heads=4, seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def fair(model):
+    from esm.model.esm2 import ESM2 as FairESM2
+
+    fair = FairESM2(num_layers=3, embed_dim=48, attention_heads=4).eval()
+    fair.load_state_dict(to_fair_esm_state(model), strict=True)
+    return fair
+
+
+@pytest.fixture(scope="module")
+def proteins() -> dict[str, str]:
+    rng = np.random.default_rng(0)
+    return {f"G{index}": "".join(rng.choice(list(AMINO_ACIDS), size=length)) for index, length in enumerate(LENGTHS)}
+
+
+def one_line(caught) -> str:
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# Tokens and numbers
+
+
+def test_tokens_equal_fair_esm(fair, proteins):
+    sequences = [*proteins.values(), RESIDUES + ".-", "MXXXXK"]
+    _, _, expected = fair.alphabet.get_batch_converter()([(str(i), s) for i, s in enumerate(sequences)])
+    ids, mask = tokenize(sequences)
+    assert tuple(fair.alphabet.all_toks) == ALPHABET
+    assert torch.equal(ids, expected) and torch.equal(mask, expected != fair.alphabet.padding_idx)
+
+
+def test_unknown_runs_keep_their_length():
+    ids, _ = tokenize(["MJJJ?éK"])
+    assert ids.shape == (1, 9) and (ids[0, 2:7] == ALPHABET.index("<unk>")).all() and ids[0, 7] == ALPHABET.index("K")
+
+
+def test_pooled_embedding_equals_fair_esm(model, fair, proteins):
+    _, _, tokens = fair.alphabet.get_batch_converter()(list(proteins.items()))
+    with torch.inference_mode():
+        representations = fair(tokens, repr_layers=[3])["representations"][3]
+    embeddings = embed_sequences(model, proteins, batch_tokens=10_000, progress=False)
+    for row, sequence in enumerate(proteins.values()):
+        expected = representations[row, 1 : len(sequence) + 1].mean(dim=0).numpy()
+        np.testing.assert_allclose(embeddings.vectors[row], expected, atol=1e-5, rtol=0)
+
+
+def test_masked_logits_equal_fair_esm(model, fair, proteins):
+    ids, mask = tokenize(list(proteins.values()))
+    positions = torch.zeros_like(mask)
+    for row, length in enumerate(LENGTHS):
+        positions[row, 1 : 1 + max(1, length // 4)] = True
+    ids = ids.masked_fill(positions, MASK)
+    with torch.inference_mode():
+        expected = fair(ids)["logits"]
+        torch.testing.assert_close(model.logits(ids, mask)[mask], expected[mask], atol=2e-5, rtol=0)
+        torch.testing.assert_close(model.logits_at(ids, mask, positions), expected[positions], atol=2e-5, rtol=0)
+
+
+def test_rotary_frequencies_survive_casts():
+    model = ESM2.new(1, 32, 2)
+    exact = model.network.esm.rotary_embeddings.inv_freq.clone()
+    assert torch.equal(model.bfloat16().float().network.esm.rotary_embeddings.inv_freq, exact)
+
+
+# Formats
+
+
+def test_fair_esm_reads_our_checkpoint_and_we_read_it(model, fair, proteins, tmp_path):
+    from esm.pretrained import load_model_and_alphabet_core
+
+    path = save_fair_esm(model, tmp_path / "esm2_t3_test.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, weights_only=True)
+    theirs, _ = load_model_and_alphabet_core("esm2_t3_test", checkpoint)
+    ids, mask = tokenize(list(proteins.values()))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs.eval()(ids)["logits"][mask], fair(ids)["logits"][mask], atol=0, rtol=0)
+    ours = [ESM2.load(path, backend=backend, device="cpu") for backend in ("transformers", "fair-esm")]
+    assert {other.parameters_sha256() for other in ours} == {model.parameters_sha256()}
+    assert ours[0].name == "esm2_t3_test" and not ours[0].training
+
+
+def test_published_fair_esm_name_is_read_from_torch_hubs_cache(model, tmp_path):
+    save_fair_esm(model, tmp_path / "torch_home" / "hub" / "checkpoints" / "esm2_t6_8M_UR50D.pt")
+    loaded = ESM2.load("esm2_t6_8M_UR50D", backend="fair-esm", device="cpu")
+    assert loaded.parameters_sha256() == model.parameters_sha256()
+
+
+def test_transformers_reads_our_folder(model, proteins, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    model.save(tmp_path / "folder")
+    ids, mask = tokenize(list(proteins.values()))
+    with torch.inference_mode():
+        theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").eval()(ids, attention_mask=mask).logits
+        torch.testing.assert_close(theirs[mask], model.logits(ids, mask)[mask], atol=1e-6, rtol=0)
+
+
+def test_we_read_what_transformers_writes(model, tmp_path):
+    model.network.save_pretrained(tmp_path / "folder")
+    assert ESM2.load(tmp_path / "folder", device="cpu").parameters_sha256() == model.parameters_sha256()
+
+
+def test_bfloat16_folder_halves_the_file_and_stays_close(model, proteins, tmp_path):
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        model.save(tmp_path / dtype, dtype=dtype)
+        sizes[dtype] = (tmp_path / dtype / "model.safetensors").stat().st_size
+    assert sizes["bfloat16"] < 0.6 * sizes["float32"]
+    ids, mask = tokenize(list(proteins.values()))
+    with torch.inference_mode():
+        rounded = ESM2.load(tmp_path / "bfloat16", device="cpu").hidden(ids, mask)
+        assert (rounded - model.hidden(ids, mask))[mask].abs().max() < 0.1
+
+
+def _break_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LAYER = "esm.encoder.layer.1.attention.self.key.weight"
+BROKEN_FOLDERS = {
+    "tensor missing": (lambda f: _break_weights(f, lambda w: w.pop(LAYER)), LAYER),
+    "head missing": (lambda f: _break_weights(f, lambda w: w.pop("lm_head.dense.bias")), "lm_head.dense.bias"),
+    "wrong shape": (lambda f: _break_weights(f, lambda w: w.update({LAYER: torch.zeros(3, 3)})), "do not fit"),
+    "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(20)), "damaged"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no readable weights"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    "list config": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    "other model": (lambda f: _edit_config(f, model_type="bert"), "'bert'"),
+    "other vocabulary size": (lambda f: _edit_config(f, vocab_size=25), "vocab_size=25"),
+    "absolute positions": (lambda f: _edit_config(f, position_embedding_type="absolute"), "position_embedding_type"),
+    "no token dropout": (lambda f: _edit_config(f, token_dropout=False), "token_dropout"),
+    "other order": (lambda f: (f / "vocab.txt").write_text("\n".join(sorted(ALPHABET))), "33 tokens in order"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOLDERS)
+def test_broken_folder_is_refused(model, tmp_path, case):
+    folder = model.save(tmp_path / "model")
+    damage, said = BROKEN_FOLDERS[case]
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        ESM2.load(folder, device="cpu")
+    assert said in one_line(caught)
+
+
+class Opaque:
+    """A class that no safe loader knows."""
+
+
+def _without_layer(model) -> dict:
+    state = to_fair_esm_state(model)
+    del state["layers.2.fc1.weight"]
+    config = argparse.Namespace(encoder_layers=3, encoder_embed_dim=48, encoder_attention_heads=4)
+    return {"cfg": {"model": config}, "model": state}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda model: {"model": Opaque()}, "not a safe checkpoint"),
+        (lambda model: {"args": 1, "model": {}}, "not a fair-esm ESM2 checkpoint"),
+        (lambda model: torch.zeros(3), "not a fair-esm ESM2 checkpoint"),
+        (_without_layer, "esm.encoder.layer.2.intermediate.dense.weight"),
+        (lambda model: _without_layer(model) | {"model": {"strange": torch.zeros(1)}}, "'strange'"),
+    ],
+)
+def test_broken_fair_esm_checkpoint_is_refused(model, tmp_path, content, said):
+    torch.save(content(model), tmp_path / "esm2_x.pt")
+    with pytest.raises(InputError) as caught:
+        ESM2.load(tmp_path / "esm2_x.pt", device="cpu")
+    assert said in one_line(caught)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    def unreachable(url, path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    for name, backend, said in [
+        ("esm2_t6_8M_UR50D", "transformers", "hf download facebook/esm2_t6_8M_UR50D"),
+        ("facebook/esm2_t33_650M_UR50D", "transformers", "fair-esm .pt file"),
+        ("esm2_t6_8M_UR50D", "fair-esm", "dl.fbaipublicfiles.com"),
+        ("esm2_t33_650M", "transformers", "did you mean 'esm2_t33_650M_UR50D'"),
+        (tmp_path / "absent.pt", "transformers", "does not exist"),
+        (tmp_path / "absent_folder", "transformers", "neither a model folder"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            ESM2.load(name, backend=backend)
+        assert said in one_line(caught)
+
+
+# Embeddings
+
+
+def test_embedding_does_not_depend_on_batch_order_or_neighbours(model, proteins):
+    reference = embed_sequences(model, proteins, progress=False)
+    backwards = dict(reversed(proteins.items()))
+    for batch_tokens in (1, 90, 10_000):
+        other = embed_sequences(model, backwards, batch_tokens=batch_tokens, progress=False)
+        np.testing.assert_allclose(other.vectors[::-1], reference.vectors, atol=2e-6, rtol=0)
+        assert other.names == list(backwards)
+
+
+def test_embedding_survives_a_full_gpu(model, proteins, monkeypatch):
+    reference = embed_sequences(model, proteins, progress=False)
+    hidden = model.hidden
+
+    def short_of_memory(ids, mask):
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError
+        return hidden(ids, mask)
+
+    monkeypatch.setattr(model, "hidden", short_of_memory)
+    halved = embed_sequences(model, proteins, progress=False)
+    np.testing.assert_allclose(halved.vectors, reference.vectors, atol=2e-6, rtol=0)
+
+
+def test_long_proteins_are_cut_and_recorded(model):
+    long = "MKTAYIAKQR" * 5
+    embeddings = embed_sequences(model, {"LONG": long, "CUT": long[:20], "S": "MK"}, max_residues=20, progress=False)
+    assert np.array_equal(embeddings.vectors[0], embeddings.vectors[1])
+    assert embeddings.record["truncated"] == ["LONG"] and embeddings.record["n_truncated"] == 1
+    assert len(set(embeddings.record["sequence_sha256"].values())) == 3
+
+
+def test_embedding_leaves_the_model_as_it_was(model, proteins):
+    model.train()
+    before = torch.get_rng_state()
+    embed_sequences(model, proteins, progress=False)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    model.eval()
+
+
+def test_progress_goes_to_standard_error(model, capfd):
+    embed_sequences(model, {"A": "MKTAYIAK"})
+    output = capfd.readouterr()
+    assert output.out == "" and "residues" in output.err
+
+
+def test_saved_embeddings_load_with_plain_torch_and_without_their_record(model, proteins, tmp_path):
+    embeddings = embed_sequences(model, proteins, progress=False)
+    path = embeddings.save(tmp_path / "genes.pt")
+    plain = torch.load(path, weights_only=True)
+    assert list(plain) == list(proteins) and plain["G0"].shape == (48,) and plain["G0"].dtype == torch.float32
+    assert GeneEmbeddings.load(path).record["model_parameters_sha256"] == model.parameters_sha256()
+    (tmp_path / "genes.pt.json").unlink()
+    assert GeneEmbeddings.load(path).record == {}
+
+
+def test_unsafe_pickle_is_never_run(tmp_path):
+    flag = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (flag.write_text, ("ran",))
+
+    torch.save({"A": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError) as caught:
+        GeneEmbeddings.load(tmp_path / "evil.pt")
+    assert not flag.exists() and "weights_only=False" in one_line(caught)
+
+
+def test_half_precision_files_are_read_as_float32(tmp_path):
+    torch.save({"A": torch.ones(4, dtype=torch.bfloat16)}, tmp_path / "half.pt")
+    assert GeneEmbeddings.load(tmp_path / "half.pt").vectors.dtype == np.float32
+
+
+def test_missing_genes_are_named_counted_and_located(tmp_path, caplog):
+    embeddings = GeneEmbeddings(["A"], np.ones((1, 3)), path="genes.pt")
+    wanted = [f"M{index}" for index in range(14)]
+    with pytest.raises(InputError) as caught:
+        embeddings.lookup([*wanted, *wanted, "A"])
+    message = one_line(caught)
+    assert "14 genes" in message and "M9 and 4 more" in message and "'genes.pt'" in message
+    assert "missing_genes=drop, zero or mean" in message
+    with caplog.at_level("WARNING"):
+        vectors = embeddings.lookup(["M0", "A", "M0"], policy="zero").vectors
+    assert vectors.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert caplog.messages == ["Gene M0 not found in ESM embeddings, using zero vector"]
+
+
+# Perplexity
+
+
+def test_perplexity_alone_equals_in_a_padded_batch(model, proteins):
+    sequences = list(proteins.values())
+    together = calculate_esm_perplexity(sequences, model, batch_size=len(sequences))
+    alone = [calculate_esm_perplexity([sequence], model, batch_size=1)[0] for sequence in sequences]
+    np.testing.assert_allclose(together, alone, rtol=2e-5)
+    np.testing.assert_allclose(calculate_esm_perplexity(sequences[::-1], model)[::-1], together, rtol=2e-5)
+
+
+def test_perplexity_equals_a_loop_over_fair_esm(model, fair, proteins):
+    sequence = proteins["G5"]
+    ids, _ = tokenize([sequence])
+    nll = []
+    for positions in draw_masks(sequence, seed=7):
+        masked = ids.clone()
+        masked[0, positions + 1] = MASK
+        with torch.inference_mode():
+            log_p = fair(masked)["logits"][0].log_softmax(dim=-1)
+        nll += [-log_p[position + 1, ids[0, position + 1]].item() for position in positions]
+    assert len(nll) == 5 * int(0.15 * 63)
+    assert math.isclose(calculate_esm_perplexity([sequence], model, seed=7)[0], math.exp(np.mean(nll)), rel_tol=2e-5)
+
+
+def test_perplexity_of_a_known_distribution():
+    model = ESM2.new(1, 16, 2)
+    with torch.no_grad():
+        model.network.lm_head.decoder.weight.zero_()
+        model.network.lm_head.bias.copy_(torch.linspace(-2, 2, 33))
+    probability = torch.linspace(-2, 2, 33).softmax(dim=0)
+    evaluator = ESMEvaluator(model)
+    table = evaluator.score(["AAAAAAAAAA", "WWWWW"])
+    expected = [1 / probability[ALPHABET.index(residue)].item() for residue in "AW"]
+    np.testing.assert_allclose(table["perplexity"], expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluator.pseudo_perplexity(["AAAAAAAAAA", "WWWWW"])["perplexity"], expected, rtol=1e-5)
+    np.testing.assert_allclose(table["standard_error"], 0, atol=1e-4)
+
+
+def test_standard_error_is_that_of_the_masks(model, proteins):
+    sequence = proteins["G1"]
+    means = [ESMEvaluator(model, n_masks=5).score([sequence])["nll"][0]]
+    table = ESMEvaluator(model, n_masks=200).score([sequence])
+    assert table["standard_error"][0] > 0
+    assert abs(means[0] - table["nll"][0]) < 5 * table["standard_error"][0] * math.sqrt(40) / table["perplexity"][0]
+
+
+def test_masks_are_stacked_into_few_passes(model, proteins, monkeypatch):
+    passes = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, mask: passes.append(len(ids)) or hidden(ids, mask))
+    calculate_esm_perplexity(list(proteins.values()), model, batch_size=4)
+    assert passes == [20, 10]
+
+
+def test_unscorable_sequences_keep_their_place(model, proteins, caplog):
+    sequences = ["", proteins["G0"], None, "MK1", "XXX", "M" * 1023, proteins["G0"]]
+    with caplog.at_level("WARNING"):
+        table = ESMEvaluator(model).score(sequences)
+    assert table["perplexity"].isna().tolist() == [True, False, True, True, True, True, False]
+    assert (table["reason"] != "").equals(table["perplexity"].isna())
+    assert len(caplog.messages) == 5
+    assert table["perplexity"][1] == table["perplexity"][6]
+
+
+def test_scoring_disturbs_no_random_state_and_no_mode(model, proteins):
+    model.train()
+    state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    calculate_esm_perplexity(list(proteins.values()), model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy)  # noqa: NPY002
+    model.eval()
+
+
+@given(st.text(alphabet=AMINO_ACIDS + "XU", min_size=1, max_size=80), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_masks_hide_the_stated_number_of_standard_residues(sequence, seed):
+    standard = [index for index, residue in enumerate(sequence) if residue in AMINO_ACIDS]
+    if standard:
+        masks = draw_masks(sequence, seed=seed)
+        assert masks.shape == (5, max(1, int(0.15 * len(standard) + 1e-9)))
+        assert all(len(set(row)) == len(row) and set(row) <= set(standard) for row in masks.tolist())
+
+
+# Sequences
+
+
+@given(st.text(alphabet="acdEFGHIKlmnpqrSTVWYxbuzojJ*-. \n", max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_cleaning_twice_changes_nothing_and_keeps_positions(raw):
+    written = "".join(raw.split()).rstrip("*")
+    if not written:
+        with pytest.raises(InputError):
+            clean_sequence(raw)
+        return
+    cleaned = clean_sequence(raw)
+    assert clean_sequence(cleaned) == cleaned and set(cleaned) <= set(RESIDUES) and len(cleaned) == len(written)
+
+
+@given(st.dictionaries(st.text("ABCdef123-_.", min_size=1), st.text(RESIDUES, min_size=1, max_size=150), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_fasta_round_trip(tmp_path_factory, sequences):
+    if set("".join(sequences.values())) <= set("ACGTUN"):
+        return
+    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta.gz"
+    assert read_fasta(write_fasta(path, sequences)) == sequences
+
+
+def test_damaged_fasta_files_are_refused(tmp_path):
+    whole = gzip.compress(
+        b">A\n" + b"MKTAYIAKQRQISFVKSHFSRQ\n" * 500 + b">B\n" + bytes(np.arange(65, 90)) * 50, mtime=0
+    )
+    flipped = whole[:30] + bytes([whole[30] ^ 0xFF]) + whole[31:]
+    cases = {
+        "cut.fasta.gz": (whole[:-20], "cut short"),
+        "flipped.fasta.gz": (flipped, "damaged|cut short|not protein|not FASTA|UTF-8"),
+        "binary.fasta": (bytes(range(256)), "UTF-8|not FASTA"),
+        "latin.fasta": (">Å\nMKT\n".encode("latin-1"), "UTF-8"),
+        "empty.fasta.gz": (gzip.compress(b""), "is empty"),
+        "nothing.fasta": (b"", "is empty"),
+        "table.tsv": (b"gene\tsequence\nA\tMKT\n", "line 1"),
+    }
+    for name, (content, said) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=said) as caught:
+            read_fasta(tmp_path / name)
+        assert name in one_line(caught)
+    for absent in (tmp_path / "absent.fasta", tmp_path):
+        with pytest.raises(MissingFileError):
+            read_fasta(absent)
+
+
+def test_gene_key_wants_a_gene_where_the_format_has_one(tmp_path):
+    path = tmp_path / "a.fasta"
+    path.write_text(">sp|P1|X_Y Some protein OS=Homo sapiens PE=1\nMKT\n")
+    assert read_fasta(path) == {"P1": "MKT"}
+    with pytest.raises(InputError, match="line 1: 'P1' names no gene"):
+        read_fasta(path, key="gene")
+    path.write_text(">TP53 a\nMKT\n>TP53 b\nMKTA\n")
+    assert read_fasta(path, key="gene") == {"TP53": "MKTA"}
+    assert read_fasta(path, key="gene", isoforms="first") == {"TP53": "MKT"}
+    with pytest.raises(InputError, match="line 3: 'TP53' occurs before"):
+        read_fasta(path)
+
+
+@pytest.mark.realdata
+def test_human_proteins_are_all_readable():
+    folder = project_root().parent / "shared" / "data" / "proteins"
+    if not folder.is_dir():
+        pytest.skip("the development data are not on this machine")
+    human = read_fasta(folder / "human.fasta.gz")
+    assert len(human) == 12_464 and len(human["TTN"]) == 34_350
+    assert all(clean_sequence(sequence) for sequence in human.values())
+    yeast = read_fasta(folder / "yeast_proteome.fasta.gz")
+    assert "TY4B-P" in yeast and len(yeast) <= 6060
