@@ -63,7 +63,7 @@ def launch(module: str, *arguments: str, n_processes: int = 1, threads: int = 0,
     n_processes
         Processes on this machine; on CUDA one per GPU.
     threads
-        CPU threads per process; 0 shares the machine's cores equally.
+        CPU threads per process; 0: OMP_NUM_THREADS where it is set, else the machine's cores shared equally.
     sink
         Where output goes; standard error by default, which notebooks display and papermill can stream.
 
@@ -76,7 +76,7 @@ def launch(module: str, *arguments: str, n_processes: int = 1, threads: int = 0,
     """
     if n_processes < 1:
         raise InputError(f"n_processes must be at least 1, found {n_processes}.")
-    threads = threads or max(1, (os.cpu_count() or 1) // n_processes)
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // n_processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     command = _command(module, [str(argument) for argument in arguments], n_processes)
     tail: collections.deque = collections.deque(maxlen=200)

@@ -230,6 +230,14 @@ def save_last(trainer: pl.Trainer, path: str | Path) -> None:
     trainer.strategy.barrier("save_last")
 
 # %% ../../nbs/core/30_trainer.ipynb #build-trainer
+_REMARKS = (
+    "does not have many workers",
+    "ended before the epoch ended",
+    "smaller than the logging interval",
+    "LeafSpec",
+)
+
+
 def build_trainer(
     training: TrainingConfig,
     *,
@@ -255,12 +263,8 @@ def build_trainer(
     if training.accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("training.accelerator is cuda, but no CUDA device is visible; set it to auto or cpu.")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for remark in (
-        ".*does not have many workers",
-        ".*ended before the epoch ended",
-        ".*smaller than the logging interval",
-    ):
-        warnings.filterwarnings("ignore", message=remark)
+    for remark in _REMARKS:
+        warnings.filterwarnings("ignore", message=f".*{remark}")
     total, local = world()
     on_cpu = training.accelerator == "cpu" or not torch.cuda.is_available()
     strategy: object = "auto"

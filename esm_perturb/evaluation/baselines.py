@@ -114,7 +114,7 @@ def cells_with_mean(controls: np.ndarray, response: np.ndarray, *, nonnegative: 
     mean = controls.mean(axis=0)
     wanted = mean + response
     target = np.maximum(wanted, 0.0)
-    ratio = np.minimum(np.divide(target, mean, out=np.ones_like(mean), where=mean > 0), MAX_SCALE)
+    ratio = np.minimum(np.divide(target, mean, out=np.ones_like(mean), where=mean > 1e-9), MAX_SCALE)
     shift = np.maximum(target - ratio * mean, 0.0)
     return (controls * ratio + shift).astype(np.float32), float(np.mean(wanted < 0))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'PAPER', 'STYLE', 'MethodStyle', 'method_style', 'Figure', 'to_svg', 'to_data_uri',
            'scores_figure', 'typical_condition', 'condition_name', 'response_figure', 'top_genes_figure',
-           'predicted_rows', 'cells_figure', 'pca_figure', 'learning_figure']
+           'predicted_rows', 'cells_figure', 'pca_figure', 'learning_figure', 'sentence_case']
 
 # %% ../../nbs/evaluation/30_figures.ipynb #2de57169
 import base64
@@ -331,8 +331,8 @@ def pca_figure(evaluation: Evaluation, methods: list[str], *, max_cells: int = 1
     ends = {method: _centre_distance(pca, evaluation, evaluation.predicted_means[method]) for method in methods}
     gaps = [f"{method_style(method).label} {distance:.2f}" for method, distance in ends.items()]
     caption = (
-        "Perturbed cells relative to their controls (pale), on the principal components of real cells. Mean distance "
-        f"there between the centres of a perturbation's predicted and real cells: {', '.join(gaps)}; controls {start:.2f}."
+        "Perturbed cells relative to their controls (pale), on the principal components of real cells. Mean "
+        f"distance there between predicted and real centres: {', '.join(gaps)}; controls {start:.2f}."
     )
     return Figure("pca", drawing, caption, f"Panels of cells on two principal components. {caption}")
 
@@ -391,9 +391,10 @@ def learning_figure(training: Mapping[str, pd.DataFrame], column: str) -> Figure
         findings.append(f"{style.label} is {best_at} and ends at {last[column]:.3g}")
     panel.set(xlabel="optimiser step", ylabel=labels.get(column, column))
     panel.legend(loc="best")
-    caption = f"{_sentence_case(labels.get(column, column))}: {'; '.join(findings)}."
+    caption = f"{sentence_case(labels.get(column, column))}: {'; '.join(findings)}."
     return Figure(column, drawing, caption, f"Line plot. {caption}")
 
 
-def _sentence_case(text: str) -> str:
+def sentence_case(text: str) -> str:
+    """The text with a capital first letter, the rest unchanged (gene names, abbreviations)."""
     return text[:1].upper() + text[1:]

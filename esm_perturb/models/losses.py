@@ -136,7 +136,7 @@ def sinkhorn(
     with torch.autocast(predicted.device.type, enabled=False):
         weights = mask.float() / mask.sum(1, keepdim=True)
         loss = SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")
-        return loss(weights, predicted.float(), weights, target.float())
+        return loss(weights, predicted.float().contiguous(), weights, target.float().contiguous())
 
 # %% ../../nbs/models/30_losses.ipynb #mse
 def mse(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

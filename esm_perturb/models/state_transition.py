@@ -219,7 +219,7 @@ def _read_checkpoint(path: str | Path) -> dict:
         raise MissingFileError(f"checkpoint '{path}' does not exist.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InputError(
             f"'{path}' is not a checkpoint that can be read safely; pass the best.ckpt of a run."
         ) from error

@@ -59,7 +59,7 @@ class PerturbationTask(pl.LightningModule):
         self.model, self.loss, self.training_settings = model, loss, training
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Cut places that no set of the batch uses, and a mask that masks nothing; on the CPU, where looking is free."""
+        """Cut places that no set uses, and a mask that masks nothing; on the CPU, where looking is free."""
         longest = int(batch["mask"].sum(1).max())
         cut = {key: batch[key][:, :longest] for key in ("control", "perturbed", "mask")}
         return batch | cut | ({"mask": None} if bool(cut["mask"].all()) else {})

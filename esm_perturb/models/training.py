@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prepared', 'prepare', 'mean_cell', 'build_model', 'run_settings', 'check_resume', 'train', 'main']
 
-# %% ../../nbs/models/50_training.ipynb #37539448
+# %% ../../nbs/models/50_training.ipynb #706f07d9
 import argparse
 import hashlib
 import json
@@ -30,7 +30,7 @@ from ..core.config import InputError, RunConfig, check_values, from_dict, to_dic
 from ..core.files import provenance, read_yaml, sha256_file, sha256_text, write_json
 from ..core.launch import input_error_line
 from .encoders import build_encoder, encoder_kind
-from .losses import LossDiverged, set_loss
+from .losses import LossDiverged, SetLoss, set_loss
 from .state_transition import StateTransition, initialise_from
 from ..proteins.embeddings import CoverageReport, GeneEmbeddings
 
@@ -80,7 +80,23 @@ def _load_embeddings(config: RunConfig) -> GeneEmbeddings | None:
         )
     return GeneEmbeddings.load(model.esm_embeddings_path, model.gene_to_esm_map_path)
 
-# %% ../../nbs/models/50_training.ipynb #prepare
+# %% ../../nbs/models/50_training.ipynb #loss
+def _loss(config: RunConfig) -> SetLoss:
+    """The loss that the configuration names."""
+    model = config.model.kwargs
+    return set_loss(model.distributional_loss, blur=model.blur, unbiased=model.unbiased)
+
+
+def _check_not_negative(config: RunConfig) -> None:
+    """Refuse negative numbers where 0 is the least."""
+    for path in ("data.kwargs.num_workers", "training.warmup_steps", "training.weight_decay", "training.seed"):
+        value: object = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value < 0:
+            raise InputError(f"Setting '{path}' must be 0 or more, found {value}.")
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Load and check everything that a run reads.
 
@@ -99,12 +115,11 @@ def prepare(config: RunConfig) -> Prepared:
         For any input that cannot be used, in one sentence.
     """
     check_values(config)
+    _check_not_negative(config)
     data = config.data.kwargs
     if not data.toml_config_path:
         raise InputError("no data: give a split file with --config example.toml (data.kwargs.toml_config_path).")
-    set_loss(
-        config.model.kwargs.distributional_loss, blur=config.model.kwargs.blur, unbiased=config.model.kwargs.unbiased
-    )
+    _loss(config)
     spec = read_split_toml(data.toml_config_path)
     embeddings = _load_embeddings(config)
     store = CellStore.from_spec(spec, data)
@@ -213,7 +228,7 @@ def check_resume(path: str | Path, settings: Mapping[str, object]) -> int:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = content["callbacks"]["Monitor"]["settings"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         raise InputError(f"'{path}' is not a checkpoint of this version; {remedy}.") from error
     for key in sorted(set(before) | set(settings)):
         if before.get(key) != settings.get(key):
@@ -284,10 +299,9 @@ def train(config: RunConfig) -> dict:
     settings = run_settings(config, prepared, n_processes=n_processes)
     output = Path(config.output_dir)
     start = check_resume(output / "checkpoints" / "last.ckpt", settings)
-    model = build_model(config, prepared)
     if start >= config.training.max_steps and (output / "training.json").is_file():
         return json.loads((output / "training.json").read_text(encoding="utf-8"))
-    return _fit(config, prepared, model, settings, start)
+    return _fit(config, prepared, build_model(config, prepared), settings, start)
 
 # %% ../../nbs/models/50_training.ipynb #fit
 _MODULE = "esm_perturb.models.training"
@@ -322,9 +336,7 @@ def _fit(config: RunConfig, prepared: Prepared, model: StateTransition, settings
         loggers.append(lightning.wandb_logger(config.wandb, **names))
     callbacks = [lightning.SamplerState(loader.batch_sampler), monitor, lightning.Progress(training.max_steps)]
     trainer = lightning.build_trainer(training, loggers=loggers, callbacks=callbacks)
-    task = PerturbationTask(
-        model, set_loss(kwargs.distributional_loss, blur=kwargs.blur, unbiased=kwargs.unbiased), training
-    )
+    task = PerturbationTask(model, _loss(config), training)
     clock = time.perf_counter()
     last = output / "checkpoints" / "last.ckpt"
     trainer.fit(task, loader, ckpt_path=str(last) if start else None, weights_only=True)

@@ -527,7 +527,7 @@ def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: 
     weights = checkpoint_path(run_dir)
     model = StateTransition.load(weights)
     record = {"split": split, "split_hash": prepared.splits.hash, "checkpoint_sha256": sha256_file(weights)}
-    if model.record["split_hash"] != prepared.splits.hash:
+    if model.extra.get("split_hash") != prepared.splits.hash:
         raise InputError(f"'{weights}' was trained on another split: its data changed since; train again.")
     method = encoder_kind(read_run(run_dir).model.kwargs)
     return predict_cells(ModelPredictor(method, model), split_store(prepared, split), seed=seed, record=record)
