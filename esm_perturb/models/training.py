@@ -48,7 +48,7 @@ class Prepared:
     train_genes
         Those perturbed in training cells.
     vectors
-        Their embeddings, float32 `(n_genes, n_features)`; None for one-hot perturbations.
+        Their embeddings, float32 `(n_genes, n_features)`; None where none were read (one-hot).
     coverage
         How the genes were found among the embeddings; None for one-hot.
     embedding_record
@@ -69,9 +69,13 @@ class Prepared:
 
 # %% ../../nbs/models/50_training.ipynb #load-embeddings
 def _load_embeddings(config: RunConfig) -> GeneEmbeddings | None:
-    """The gene embeddings that the configuration names; None for one-hot perturbations."""
+    """The gene embeddings that the configuration names; None for one-hot perturbations.
+
+    With `missing_genes: drop` they are read for one-hot too, so that all arms keep the same cells and split.
+    """
     model = config.model.kwargs
-    if encoder_kind(model) == "onehot":
+    same_cells = config.data.kwargs.missing_genes == "drop" and model.esm_embeddings_path
+    if encoder_kind(model) == "onehot" and not same_cells:
         return None
     if not model.esm_embeddings_path:
         raise InputError(
