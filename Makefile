@@ -44,7 +44,7 @@ realdata: install
 	@$(BIN)/esm-perturb demo --realdata "$(REALDATA)" --max_steps $(REALDATA_STEPS) --output_dir reports/norman19_mcfaline23
 
 readme: install-dev
-	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+	@$(BIN)/python tests/check.py --write-readme
 
 lab: install-dev
 	@$(BIN)/jupyter lab nbs

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Context', 'MAX_SCALE', 'Predictor', 'mean_profile', 'context_of', 'train_responses', 'cells_with_mean', 'NoChange',
-           'MeanResponse', 'average_by_context', 'RidgeOnEmbeddings', 'SeenElsewhere', 'ModelPredictor',
-           'draw_controls', 'predict_cells']
+           'MeanResponse', 'control_profiles', 'towards', 'average_by_context', 'RidgeOnEmbeddings', 'SeenElsewhere',
+           'ModelPredictor', 'draw_controls', 'predict_cells']
 
-# %% ../../nbs/evaluation/10_baselines.ipynb #2d7ae732
+# %% ../../nbs/evaluation/10_baselines.ipynb #06832d8c
 import json
 import zlib
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from ..cells.splits import parse_perturbation
 from ..cells.store import CellStore, Condition
@@ -151,6 +152,7 @@ class MeanResponse:
         """Average the training responses by context."""
         conditions, responses = train_responses(train)
         self._nonnegative = train.scale == "log1p"
+        self._profiles = control_profiles(train, conditions)
         self.by_context, self.overall = average_by_context(conditions, responses)
         return self
 
@@ -159,11 +161,24 @@ class MeanResponse:
         return self.by_context.get(context_of(condition), self.overall)
 
     def predict(self, condition: Condition, controls: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Move ``controls`` by the mean response of their context."""
-        cells, self.clipped[condition] = cells_with_mean(
-            controls, self.response(condition), nonnegative=self._nonnegative
-        )
+        """Move ``controls`` to their context's control profile plus the response."""
+        change = towards(self._profiles, condition, controls, self.response(condition))
+        cells, self.clipped[condition] = cells_with_mean(controls, change, nonnegative=self._nonnegative)
         return cells
+
+
+def control_profiles(train: CellStore, conditions: Sequence[Condition]) -> dict[Context, np.ndarray]:
+    """Mean profile, float64 (n_genes,), of the training controls of each context."""
+    first = {context_of(condition): condition for condition in conditions}
+    return {context: mean_profile(train, train.controls(condition)) for context, condition in first.items()}
+
+
+def towards(
+    profiles: dict[Context, np.ndarray], condition: Condition, controls: np.ndarray, response: np.ndarray
+) -> np.ndarray:
+    """Change that brings ``controls`` to their context's control profile plus ``response``, float64 (n_genes,)."""
+    mean = np.asarray(controls, dtype=np.float64).mean(axis=0)
+    return profiles.get(context_of(condition), mean) + response - mean
 
 
 def average_by_context(conditions: list[Condition], values: np.ndarray) -> tuple[dict[Context, np.ndarray], np.ndarray]:
@@ -198,6 +213,7 @@ class RidgeOnEmbeddings:
     def fit(self, train: CellStore) -> "RidgeOnEmbeddings":
         """Choose alpha by leaving perturbations out, then fit on all training conditions."""
         conditions, responses = train_responses(train)
+        self._profiles = control_profiles(train, conditions)
         genes = sorted({gene for c in conditions for gene in parse_perturbation(c.perturbation)})
         known = np.stack([self._vector(gene) for gene in genes])
         self._center, spread = known.mean(axis=0), known.std(axis=0)
@@ -214,9 +230,9 @@ class RidgeOnEmbeddings:
         return _ridge_responses(self._model, [condition], self._feature(condition.perturbation)[None])[0, 0]
 
     def predict(self, condition: Condition, controls: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Move ``controls`` by the predicted response."""
-        response = self.response(condition)
-        cells, self.clipped[condition] = cells_with_mean(controls, response, nonnegative=self._nonnegative)
+        """Move ``controls`` to their context's control profile plus the response."""
+        change = towards(self._profiles, condition, controls, self.response(condition))
+        cells, self.clipped[condition] = cells_with_mean(controls, change, nonnegative=self._nonnegative)
         return cells
 
     def _vector(self, gene: str) -> np.ndarray:
@@ -342,7 +358,9 @@ def predict_cells(predictor: Predictor, store: CellStore, *, seed: int, record: 
     import anndata
 
     blocks, frames = [], []
-    for number, condition in enumerate(store.conditions()):
+    conditions = store.conditions()
+    bar = tqdm(conditions, desc=f"predict {predictor.name}", unit="condition", mininterval=1)
+    for number, condition in enumerate(bar):
         rows = draw_controls(store, condition, len(store.cells(condition)), seed)
         cells = predictor.predict(condition, store.rows(rows), np.random.default_rng([seed, number]))
         blocks.append(np.asarray(cells, dtype=np.float32))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELL_EVAL_METRICS', 'KEYS', 'out_of_range', 'cell_eval_metrics', 'predicted_cells']
 
-# %% ../../nbs/evaluation/18_cell_eval.ipynb #c0d357db
+# %% ../../nbs/evaluation/18_cell_eval.ipynb #8c61f087
 import contextlib
 import io
 import tempfile
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from ..cells.store import CellStore, Condition
 from ..core.config import InputError, nearest
@@ -99,7 +100,8 @@ def _cell_eval_context(
     blocks = {c.perturbation: real.rows(real.cells(c)) for c in conditions}
     truth, real_de, frames = _labelled_cells(blocks, controls, real), None, []
     skip = sorted(set(metrics_registry.list_metrics()) - set(CELL_EVAL_METRICS))
-    for method, predicted in predictions.items():
+    bar = tqdm(predictions.items(), desc=f"cell-eval {conditions[0].cell_type}", unit="method", mininterval=1)
+    for method, predicted in bar:
         predicted_blocks = {c.perturbation: predicted_cells(method, predicted, c) for c in conditions}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             evaluator = MetricsEvaluator(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'pipeline_parser', 'parse', 'run', 'main']
 
-# %% ../../nbs/workflow/20_cli.ipynb #5ad3c294
+# %% ../../nbs/workflow/20_cli.ipynb #4bd90f29
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.config import InputError, nearest
+from ..core.files import new_folder
 from esm_perturb.workflow.pipelines import (
     PIPELINES,
     Parameter,
@@ -104,10 +105,11 @@ def _demo(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the simulation and of training")
     parser.add_argument("--arms", type=_comma_list, default=list(ARMS), help="perturbation encoders to compare")
     told = argparse.Namespace(**parse(parser, words))
-    if told.realdata:
-        study = realdata_study(told.realdata, told.output_dir, max_steps=told.max_steps, arms=told.arms)
-    else:
-        study = demo_study(told.output_dir, seed=told.seed, max_steps=told.max_steps, arms=told.arms)
+    with new_folder(told.output_dir):
+        if told.realdata:
+            study = realdata_study(told.realdata, told.output_dir, max_steps=told.max_steps, arms=told.arms)
+        else:
+            study = demo_study(told.output_dir, seed=told.seed, max_steps=told.max_steps, arms=told.arms)
     report = run_study(study, told.output_dir)
     rebuild_index(report.parent.parent)
     print(f"\nReport:    {report}\nNumbers:   {report.parent / 'metrics.json'}")

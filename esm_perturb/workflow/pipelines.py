@@ -8,7 +8,7 @@ __all__ = ['PIPELINES', 'TYPES', 'OFFLINE_TEMPLATE', 'Parameter', 'pipeline_path
            'run_pipeline', 'demo_inputs', 'demo_simulation', 'train_run', 'demo_run', 'checkpoint_path', 'read_run',
            'split_store', 'predict_run', 'read_predictions', 'learning_curves']
 
-# %% ../../nbs/workflow/10_pipelines.ipynb #e10fe8e0
+# %% ../../nbs/workflow/10_pipelines.ipynb #d2b092ce
 import ast
 import dataclasses
 import json
@@ -30,7 +30,16 @@ from esm_perturb.core.config import (
     resolve_config,
     to_dict,
 )
-from ..core.files import atomic_path, project_root, read_yaml, sha256_file, write_json, write_yaml
+from esm_perturb.core.files import (
+    atomic_path,
+    new_folder,
+    project_root,
+    read_yaml,
+    restored_file,
+    sha256_file,
+    write_json,
+    write_yaml,
+)
 from ..core.launch import launch
 
 if TYPE_CHECKING:
@@ -216,10 +225,15 @@ class LiveProgress:
         """Nothing is buffered."""
         self.stream.flush()
 
+    def clear(self) -> None:
+        """Wipe the bar from a terminal."""
+        if self.stream.isatty():
+            self.stream.write("\r\x1b[2K")
+
     def finish(self, status: str) -> None:
         """Replace the bar by how it ended and how long it took."""
-        lead = "\r\x1b[2K" if self.stream.isatty() else ""
-        self.stream.write(f"{lead}  {self.label}: {status} in {time.monotonic() - self.began:.0f} s\n")
+        self.clear()
+        self.stream.write(f"  {self.label}: {status} in {time.monotonic() - self.began:.0f} s\n")
         self.stream.flush()
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #render-html
@@ -270,15 +284,17 @@ _INPUT_ERRORS = (InputError.__name__, MissingFileError.__name__)
 
 
 def _engine_options() -> dict:
-    """Kernel settings: local sockets instead of TCP where the system has them (quieter, and nobody can listen)."""
+    """Kernel settings: local sockets where the system has them, so that nobody can listen, and no log of its own."""
     from traitlets.config import Config
 
-    return {} if os.name == "nt" else {"config": Config(KernelManager={"transport": "ipc"})}
+    quiet = {"extra_arguments": ["--log-level=CRITICAL"]}
+    return quiet if os.name == "nt" else quiet | {"config": Config(KernelManager={"transport": "ipc"})}
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #execute
 def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], live: LiveProgress) -> None:
-    """Execute a notebook with papermill; translates its error."""
+    """Execute a notebook with papermill; translates its errors."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     try:
         papermill.execute_notebook(
@@ -297,6 +313,8 @@ def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], l
         raise PipelineError(
             f"{error.ename}: {error.evalue.strip().splitlines()[-1] if error.evalue.strip() else 'no message'}"
         ) from error
+    except DeadKernelError as error:
+        raise PipelineError("the notebook's process was killed, most often for lack of memory") from error
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #run-pipeline
 def run_pipeline(
@@ -333,22 +351,20 @@ def run_pipeline(
     Raises
     ------
     InputError
-        Bad input; files of this call are removed.
+        Bad input; a new run folder is removed, and an old one keeps the notebook that it had.
     PipelineError
         A failure inside the run; the executed notebook stays, and `run.json` says `failed`.
     """
     notebook = pipeline_path(pipeline)
     output_dir = Path(output_dir).expanduser().resolve()
     values = check_parameters(read_parameters(notebook), {**parameters, "output_dir": str(output_dir)}, where=pipeline)
-    new_folder = not output_dir.exists()
     executed = output_dir / f"{pipeline}.ipynb"
-    had_executed = executed.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
     live = LiveProgress(label or pipeline, stream=stream)
     try:
-        _execute(notebook, executed, values, live)
+        with new_folder(output_dir), restored_file(executed):
+            _execute(notebook, executed, values, live)
     except InputError:
-        _undo(output_dir, executed, new_folder=new_folder, had_executed=had_executed)
+        live.clear()
         raise
     except PipelineError as error:
         live.finish("FAILED")
@@ -357,19 +373,12 @@ def run_pipeline(
             output_dir / "run.json",
             {"status": "failed", "pipeline": pipeline, "error": str(error), "notebook": executed.name},
         )
-        raise PipelineError(f"{pipeline} failed: {error} The executed notebook shows where: {executed}") from error
+        message = f"{pipeline} failed: {str(error).rstrip('.')}. The executed notebook shows where: {executed}"
+        raise PipelineError(message) from error
     live.finish("done")
     render_html(executed, output_dir / html)
     write_json(output_dir / "run.json", {"status": "ok", "pipeline": pipeline, "notebook": executed.name})
     return executed
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #undo
-def _undo(output_dir: Path, executed: Path, *, new_folder: bool, had_executed: bool) -> None:
-    """After bad input: remove what this call created, and nothing else."""
-    if not had_executed:
-        executed.unlink(missing_ok=True)
-    if new_folder and not any(output_dir.iterdir()):
-        output_dir.rmdir()
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #demo-inputs
 def demo_inputs(config: RunConfig, folder: Path) -> RunConfig:
@@ -443,16 +452,22 @@ def train_run(config: RunConfig, *, sink: TextIO | None = None) -> Path:
     -------
     Path
         The run folder, with `config.yaml`, `checkpoints/`, `metrics.csv` and `training.json`.
+
+    Raises
+    ------
+    InputError
+        For bad input, or when the folder holds a run with other settings; its `config.yaml` stays as it was.
     """
     folder = Path(config.output_dir)
-    write_yaml(folder / "config.yaml", to_dict(config))
-    launch(
-        "esm_perturb.models.training",
-        "--config",
-        str(folder / "config.yaml"),
-        n_processes=config.training.n_processes,
-        sink=sink,
-    )
+    with restored_file(folder / "config.yaml") as resolved:
+        write_yaml(resolved, to_dict(config))
+        launch(
+            "esm_perturb.models.training",
+            "--config",
+            str(resolved),
+            n_processes=config.training.n_processes,
+            sink=sink,
+        )
     return folder
 
 

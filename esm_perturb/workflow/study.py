@@ -34,6 +34,11 @@ class Study:
         Parameters of the embedding pipeline besides `fasta`.
     arms
         Perturbation encoders to train; the first one is judged.
+
+    Raises
+    ------
+    InputError
+        For an unknown, repeated or absent arm.
     """
 
     title: str
@@ -41,6 +46,13 @@ class Study:
     parameters: Mapping[str, object]
     embed: Mapping[str, object]
     arms: Sequence[str] = ARMS
+
+    def __post_init__(self) -> None:
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise InputError(f"Name each arm once, and at least one; found '{','.join(self.arms)}'.")
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise InputError(f"Unknown arm '{arm}'{nearest(arm, ARMS)}; choose from {', '.join(ARMS)}.")
 
 # %% ../../nbs/workflow/15_study.ipynb #run-study
 def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index.html") -> Path:
@@ -63,13 +75,10 @@ def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index
     Raises
     ------
     InputError
-        For an unknown arm or bad input in a stage.
+        For bad input in a stage.
     PipelineError
         When a stage fails.
     """
-    for arm in study.arms:
-        if arm not in ARMS:
-            raise InputError(f"Unknown arm '{arm}'{nearest(arm, ARMS)}; choose from {', '.join(ARMS)}.")
     output_dir = Path(output_dir).expanduser().resolve()
     total = 2 + 2 * len(study.arms)
     run_pipeline(
