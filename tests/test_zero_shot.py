@@ -37,7 +37,12 @@ def compare_arms(folder: str, seed: int, family_effect: bool) -> dict:
     embed_sequences(ESM2.load("mini_esm2"), screen.sequences, progress=False).save(genes)
     methods = {}
     for arm in ARMS:
-        told = {"output_dir": f"{folder}/{arm}", "esm_embeddings_path": str(genes), "pert_encoder": arm, "seed": seed + 1}
+        told = {
+            "output_dir": f"{folder}/{arm}",
+            "esm_embeddings_path": str(genes),
+            "pert_encoder": arm,
+            "seed": seed + 1,
+        }
         config = resolve_config(preset="demo", config=files["split"], parameters=told)
         prepared = prepare(config)
         write_yaml(Path(config.output_dir) / "config.yaml", to_dict(config))

@@ -1,0 +1,332 @@
+"""Pipelines from the outside: bare papermill, the command line and Jupyter; bad input and failures."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import anndata
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+import torch
+
+from esm_perturb.core.config import InputError
+from esm_perturb.core.files import project_root, read_yaml
+from esm_perturb.proteins.embeddings import GeneEmbeddings
+from esm_perturb.workflow import pipelines
+from esm_perturb.workflow.cli import main
+from esm_perturb.workflow.pipelines import PIPELINES, PipelineError, pipeline_path, read_parameters, run_pipeline
+
+
+def snapshot(*folders: Path) -> dict[str, bytes]:
+    """Every file below the folders, with its content; caches left out."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files if "__pycache__" not in path.parts}
+
+
+def source_folders() -> list[Path]:
+    return [project_root() / name for name in ("nbs", "configs", "data", "esm_perturb")]
+
+
+# ---- the same run, started in two ways
+
+
+@pytest.fixture(scope="module")
+def bare_papermill(tiny, shell, tmp_path_factory):
+    """`20_train` run by papermill's own command: the process, the run folder and the executed notebook."""
+    folder = tmp_path_factory.mktemp("bare")
+    words = ("-f", tiny / "run.yaml", "-p", "output_dir", folder / "run")
+    done = shell("papermill", pipeline_path("20_train"), folder / "out.ipynb", *words, cwd=folder)
+    return done, folder / "run", folder / "out.ipynb"
+
+
+def test_bare_papermill_succeeds_and_knows_every_parameter(bare_papermill):
+    done, run, executed = bare_papermill
+    assert done.returncode == 0, done.stderr
+    assert "unknown parameter" not in done.stderr.lower() and "unable to parse" not in done.stderr.lower()
+    assert read_yaml(run / "config.yaml")["training"]["max_steps"] == 20
+    cells = nbformat.read(executed, as_version=4).cells
+    assert sum("injected-parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+
+
+def test_papermill_and_the_command_line_give_the_same_model(bare_papermill, trained):
+    _, run, _ = bare_papermill
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns="steps_per_second") for folder in (run, trained)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert tables[0]["step"].tolist() == [5, 10, 15, 20]
+    checkpoints = [torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True) for folder in (run, trained)]
+    first, second = (checkpoint["weights"] for checkpoint in checkpoints)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    settings = [read_yaml(folder / "config.yaml") | {"output_dir": ""} for folder in (run, trained)]
+    assert settings[0] == settings[1]
+
+
+def test_a_wrong_type_stops_bare_papermill(tiny, shell, tmp_path):
+    words = ("-f", tiny / "run.yaml", "-r", "max_steps", "20", "-p", "output_dir", tmp_path / "run")
+    done = shell("papermill", pipeline_path("20_train"), tmp_path / "out.ipynb", *words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Parameter 'max_steps' of 20_train must be int, found '20'." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_run_as_it_stands_leaves_the_repository_clean(shell, tmp_path):
+    """As JupyterLab would run it: no parameters, and another working directory than the notebook's."""
+    before = snapshot(*source_folders()), sorted(project_root().iterdir())
+    elsewhere, temporary = tmp_path / "elsewhere", tmp_path / "temporary"
+    elsewhere.mkdir()
+    temporary.mkdir()
+    done = shell("jupyter", "execute", pipeline_path("10_embed_genes"), cwd=elsewhere, temporary=temporary)
+    assert done.returncode == 0, done.stderr
+    assert (snapshot(*source_folders()), sorted(project_root().iterdir())) == before
+    assert list(elsewhere.iterdir()) == []
+    assert len(list(temporary.glob("esm_perturb_*/genes.pt"))) == 1
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES.values())
+def test_papermill_reads_the_parameters_that_we_read(pipeline):
+    """What `papermill --help-notebook` shows: papermill parses the cell with patterns, we with Python's parser."""
+    theirs, ours = papermill.inspect_notebook(str(pipeline_path(pipeline))), read_parameters(pipeline_path(pipeline))
+    assert list(theirs) == list(ours)
+    for name, parameter in ours.items():
+        assert theirs[name]["inferred_type_name"] == parameter.type.__name__
+        assert theirs[name]["help"] == parameter.help != ""
+        assert type(parameter.default) is parameter.type
+
+
+# ---- bad input
+
+
+@pytest.fixture(scope="module")
+def broken(tiny, tmp_path_factory) -> Path:
+    """Inputs with one fault each."""
+    folder = tmp_path_factory.mktemp("broken")
+    toml = (tiny / "split.toml").read_text().replace('"cells.h5ad"', f'"{tiny / "cells.h5ad"}"')
+    assert "FAM01_" in toml
+    (folder / "misspelt.toml").write_text(toml.replace("FAM01_", "FAM01-"))
+    cells = anndata.read_h5ad(tiny / "cells.h5ad")
+    cells[cells.obs["gene"] != "non-targeting"].write_h5ad(folder / "no_controls.h5ad")
+    (folder / "no_controls.toml").write_text(toml.replace(str(tiny / "cells.h5ad"), "no_controls.h5ad"))
+    whole = GeneEmbeddings.load(tiny / "genes.pt")
+    GeneEmbeddings(whole.names[1:], whole.vectors[1:]).save(folder / "one_short.pt")
+    (folder / "empty.fasta").write_text("")
+    (folder / "empty_model").mkdir()
+    (folder / "occupied").write_text("a file")
+    return folder
+
+
+TRAIN = ["train", "--config", "{tiny}/run.yaml"]
+BAD = {
+    "misspelt parameter": ([*TRAIN, "--max_stepz", "3"], "'--max_stepz' (did you mean '--max_steps'?)"),
+    "parameter of the wrong type": ([*TRAIN, "--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+    "unknown override": ([*TRAIN, "model.kwargs.hiden_dim=8"], "'model.kwargs.hiden_dim' (did you mean 'hidden_dim'?)"),
+    "unknown perturbation": (
+        ["train", "--config", "{tiny}/run.yaml,{broken}/misspelt.toml"],
+        r"'FAM01-\d\d' .*misspelt.toml .*\(did you mean 'FAM01_\d\d'\?\)",
+    ),
+    "missing gene": ([*TRAIN, "--esm_embeddings_path", "{broken}/one_short.pt"], r"FAM01_01.* missing_genes=drop"),
+    "missing embeddings": (
+        [*TRAIN, "--esm_embeddings_path", "no.pt"],
+        r"no.pt' does not exist.* --esm_embeddings_path",
+    ),
+    "missing embeddings of the demo": (
+        ["train", "--esm_embeddings_path", "no.pt"],
+        r"no.pt' does not exist.* --esm_embeddings_path",
+    ),
+    "no control cells": (
+        ["train", "--config", "{tiny}/run.yaml,{broken}/no_controls.toml"],
+        "control label 'non-targeting' .* data.kwargs.control_pert",
+    ),
+    "missing FASTA": (["embed", "--fasta", "no.fasta"], "'no.fasta' does not exist"),
+    "empty FASTA": (["embed", "--fasta", "{broken}/empty.fasta"], "empty.fasta' is empty"),
+    "not a model": (["embed", "--fasta", "{tiny}/proteins.fasta", "--model", "{broken}/empty_model"], "empty_model"),
+    "prediction without a run": (["predict", "--run_dir", "{tiny}"], "folder of a finished training run"),
+    "evaluation without a run": (["evaluate", "--run_dir", "{tiny}"], "folder of a training run"),
+    "unknown command": (["trian"], "did you mean 'train'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_code_2_and_leaves_nothing(name, tiny, broken, tmp_path, monkeypatch, capfd):
+    words, expected = BAD[name]
+    words = [word.format(tiny=tiny, broken=broken) for word in words]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = sorted(snapshot(tiny, broken))
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *([] if name == "unknown command" else ["--output_dir", "runs/new"])])
+    told = capfd.readouterr()
+    assert stop.value.code == 2
+    assert told.out == "" and told.err.startswith("esm-perturb: ") and told.err.count("\n") == 1, told.err
+    assert re.search(expected if "\\" in expected or ".*" in expected else re.escape(expected), told.err)
+    assert list(tmp_path.iterdir()) == [] and sorted(snapshot(tiny, broken)) == before
+
+
+def test_bad_input_from_a_terminal(tiny, broken, shell, tmp_path):
+    """The installed command, once: its exit code and its standard error are what `main` gives."""
+    words = ("train", "--config", f"{tiny}/run.yaml,{broken}/misspelt.toml", "--output_dir", "new")
+    done = shell("esm-perturb", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("esm-perturb: Perturbation 'FAM01-") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["train"], ["embed"], ["demo", "--max_steps", "1"]], ids=" ".join)
+def test_a_folder_that_cannot_be_made(broken, words, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--output_dir", str(broken / "occupied" / "run")])
+    told = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert told.count("\n") == 1 and "choose another output_dir" in told
+    assert (broken / "occupied").read_text() == "a file"
+
+
+def test_a_refused_rerun_leaves_the_finished_run_as_it_was(tiny, trained, tmp_path, monkeypatch, capfd):
+    """Other settings in the same folder: the checkpoint and the configuration beside it still belong together."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = snapshot(run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(tiny / "run.yaml"), "--lr", "0.01", "--output_dir", str(run)])
+    assert stop.value.code == 2
+    assert "holds a run with other settings: training.lr differs" in capfd.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_unknown_arms_are_refused_before_anything_is_simulated(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for arms, hint in {"esn": "did you mean 'esm'", "esm,esm": "once", ",": "at least one"}.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["demo", "--arms", arms, "--output_dir", "study"])
+        assert stop.value.code == 2
+        told = capfd.readouterr().err
+        assert hint in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- failures inside a run
+
+
+def test_a_diverging_run_ends_with_code_1_and_says_where(tiny, shell, tmp_path):
+    """The failure happens in the training process, and travels through the notebook to the terminal."""
+    spoilt = ("--lr", "1e30", "training.gradient_clip_val=1e30")
+    words = ("train", "--config", tiny / "run.yaml", "--output_dir", "run", *spoilt)
+    done = shell("esm-perturb", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("esm-perturb: 20_train failed: ") and "run/20_train.ipynb" in last
+    assert "Traceback" not in done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["status"] == "failed" and facts["notebook"] == "20_train.ipynb" and facts["error"]
+    cells = nbformat.read(tmp_path / "run" / "20_train.ipynb", as_version=4).cells
+    errors = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    errors = [output for output in errors if output.output_type == "error"]
+    assert [error.ename for error in errors] == ["LaunchError"]
+    assert "lower training.lr" in "\n".join(errors[0].traceback)
+    assert "LaunchError" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Puts a notebook of our own in the place of `20_train`."""
+
+    def make(source: str) -> None:
+        notebook = nbformat.v4.new_notebook()
+        parameters = nbformat.v4.new_code_cell('output_dir: str = ""  # run folder', metadata={"tags": ["parameters"]})
+        notebook.cells = [parameters, nbformat.v4.new_code_cell("print('it began')"), nbformat.v4.new_code_cell(source)]
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+        nbformat.write(notebook, tmp_path / "20_train.ipynb")
+        monkeypatch.setattr(pipelines, "pipeline_path", lambda pipeline: tmp_path / f"{pipeline}.ipynb")
+
+    return make
+
+
+def test_a_killed_kernel_is_a_failed_run(stand_in, tmp_path):
+    """As when the memory runs out."""
+    stand_in("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(PipelineError, match="20_train failed: .* killed, most often for lack of memory"):
+        run_pipeline("20_train", {}, output_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert "it began" in (tmp_path / "run" / "20_train.ipynb").read_text()
+
+
+def test_only_our_input_errors_count_as_bad_input(stand_in, tmp_path):
+    """A `ValueError` from somewhere else is a failure: its files stay."""
+    stand_in("raise ValueError('not the user\\'s fault')")
+    with pytest.raises(PipelineError, match="ValueError: not the user's fault"):
+        run_pipeline("20_train", {}, output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "20_train.ipynb").is_file()
+    stand_in("from esm_perturb.core.config import InputError\nraise InputError('no such gene')")
+    with pytest.raises(InputError, match="^no such gene$"):
+        run_pipeline("20_train", {}, output_dir=tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- from a trained run to a report
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, shell, tmp_path_factory) -> Path:
+    """A folder with `predict/` and `evaluate/` of the small run."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    steps = {
+        "predict": ("--run_dir", trained),
+        "evaluate": ("--run_dir", trained, "--predictions", folder / "predict" / "esm.h5ad"),
+    }
+    for command, words in steps.items():
+        done = shell("esm-perturb", command, *words, "--output_dir", folder / command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr and "Error" not in done.stderr
+        assert done.stdout == f"Report: {folder / command / 'report.html'}\n"
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_run_folder_holds_what_is_documented(trained, evaluated):
+    common = {"report.html", "metrics.json", "run.json"}
+    made = {"20_train.ipynb", "config.yaml", "metrics.csv", "training.json", "provenance.json"}
+    checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert names(trained) == common | made | checkpoints
+    assert common | {"30_predict.ipynb", "esm.h5ad", "learning_curve.csv", "provenance.json"} == names(
+        evaluated / "predict"
+    )
+    assert common | {"40_evaluate.ipynb", "notebook.html"} <= names(evaluated / "evaluate")
+    for folder in (trained, evaluated / "predict", evaluated / "evaluate"):
+        assert json.loads((folder / "run.json").read_text())["status"] == "ok"
+
+
+def test_predictions_are_one_cell_for_each_real_test_cell(tiny, trained, evaluated):
+    predicted = anndata.read_h5ad(evaluated / "predict" / "esm.h5ad")
+    real = anndata.read_h5ad(tiny / "cells.h5ad")
+    held_out = set(re.findall(r"FAM\d\d_\d\d", (tiny / "split.toml").read_text()))
+    assert set(predicted.obs["perturbation"]) == held_out
+    assert predicted.n_obs == int(real.obs["gene"].isin(held_out).sum())
+    assert list(predicted.var_names) == list(real.var_names)
+    assert (real.obs.loc[predicted.obs["control_cell"], "gene"] == "non-targeting").all()
+    facts = json.loads(predicted.uns["esm_perturb"])
+    assert facts["method"] == "esm" and facts["split"] == "test"
+
+
+def test_reports_ask_the_network_for_nothing(trained, evaluated):
+    pages = [trained / "report.html", evaluated / "predict" / "report.html"]
+    pages += [evaluated / "evaluate" / "report.html", evaluated / "evaluate" / "notebook.html"]
+    outside = re.compile(
+        r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(\s*["']?\s*(?:https?:)?//"""
+    )
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loads = [found.group() for found in re.finditer(outside, text)]
+        assert loads == [], page
+        assert page.stat().st_size < 10 * 1024 * 1024
+
+
+def test_the_evaluation_has_a_verdict_with_intervals(evaluated):
+    metrics = json.loads((evaluated / "evaluate" / "metrics.json").read_text())
+    verdict = metrics["verdict"]
+    print(verdict)
+    assert verdict
