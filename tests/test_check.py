@@ -1,4 +1,4 @@
-"""`make check` passes on this repository, and each kind of neglect makes it fail with a message that says what to do."""
+"""`make check` passes on this repository; each kind of neglect makes it fail with a message that says what to do."""
 
 import importlib.util
 import json
@@ -83,11 +83,6 @@ def test_a_new_module_without_a_notebook(repository, complaints):
     assert "esm_perturb/models/by_hand.py has no notebook: delete it" in complaints()
 
 
-def test_a_deleted_module(repository, complaints):
-    (repository / "esm_perturb" / "models" / "losses.py").unlink()
-    assert "esm_perturb/models/losses.py is missing: run nbdev_export" in complaints()
-
-
 def test_a_notebook_that_was_changed_and_not_exported(repository, complaints):
     def change(notebook: dict) -> None:
         exported = next(cell for cell in code_cells(notebook) if "def energy_distance" in "".join(cell["source"]))
@@ -105,9 +100,8 @@ def test_a_notebook_that_was_changed_and_not_exported(repository, complaints):
     [
         lambda notebook: code_cells(notebook)[0].update(execution_count=7),
         lambda notebook: code_cells(notebook)[0]["metadata"].update(collapsed=True),
-        lambda notebook: notebook["metadata"].update(toc={"base_numbering": 1}),
     ],
-    ids=["execution count", "cell metadata", "notebook metadata"],
+    ids=["execution count", "cell metadata"],
 )
 def test_an_uncleaned_notebook(repository, complaints, change):
     edit_notebook(repository / "nbs" / "models" / "30_losses.ipynb", change)
@@ -146,12 +140,6 @@ def test_badly_formatted_code(repository, complaints):
         lambda notebook: code_cells(notebook)[-1]["source"].append("\nx  =  {'a':1}"),
     )
     assert "ruff format --check" in (found := complaints()) and "30_predict.ipynb" in found
-
-
-def test_an_unused_import(repository, complaints):
-    test = repository / "tests" / "test_models.py"
-    test.write_text(test.read_text().replace("import pickle\n", "import ast\nimport pickle\n", 1))
-    assert "F401" in complaints()
 
 
 def test_a_readme_changed_by_hand(repository, complaints):

@@ -123,18 +123,19 @@ def demo_study(output_dir: str | Path, *, seed: int = 0, max_steps: int = 0, arm
         Perturbation encoders.
     """
     inputs = Path(output_dir).expanduser().resolve() / "inputs"
-    live = LiveProgress("[0] simulate a screen")
-    demo_simulation(inputs, seed=seed)
-    live.finish("done")
     config = project_root() / "configs" / "demo.yaml"
     parameters = {"config": f"{config},{inputs / 'split.toml'}", "max_steps": max_steps, "seed": seed}
-    return Study(
+    study = Study(
         "Demo: a simulated screen with 32 unseen genes",
         inputs / "proteins.fasta",
         parameters,
         {"model": "mini_esm2"},
         arms,
     )
+    live = LiveProgress("[0] simulate a screen")
+    demo_simulation(inputs, seed=seed)
+    live.finish("done")
+    return study
 
 # %% ../../nbs/workflow/15_study.ipynb #realdata-study
 REALDATA = "norman19_mcfaline23"
