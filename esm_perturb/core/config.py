@@ -119,6 +119,7 @@ class TrainingConfig:
     precision: str = "32-true"  # 32-true | bf16-mixed
     n_processes: int = 1
     accelerator: str = "auto"
+    threads: int = 0  # CPU threads of each process; 0: as the environment has it. 1 is fastest for tiny models
     seed: int = 42
 
 
@@ -290,12 +291,14 @@ def check_values(config: RunConfig) -> RunConfig:
         "data.kwargs.val_fraction": config.data.kwargs.val_fraction,
         "model.kwargs.dropout": config.model.kwargs.dropout,
     }
+    if config.training.threads < 0:
+        raise InputError(f"Setting 'training.threads' must be 0 or more, found {config.training.threads}.")
     for path, value in fractions.items():
         if not 0 <= value < 1:
             raise InputError(f"Setting '{path}' must lie in [0, 1), found {value}.")
     return config
 
-# %% ../../nbs/core/10_config.ipynb #8faf3a09
+# %% ../../nbs/core/10_config.ipynb #79210b16
 PRESETS = {
     "esm_state": {"name": "esm_state", "model": {"name": "esm_state"}},
     "demo": {
@@ -314,6 +317,7 @@ PRESETS = {
             "lr_schedule": "cosine",
             "weight_decay": 0.01,
             "accelerator": "cpu",
+            "threads": 1,
         },
     },
 }

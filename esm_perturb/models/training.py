@@ -305,7 +305,12 @@ def train(config: RunConfig) -> dict:
     start = check_resume(output / "checkpoints" / "last.ckpt", settings)
     if start >= config.training.max_steps and (output / "training.json").is_file():
         return json.loads((output / "training.json").read_text(encoding="utf-8"))
-    return _fit(config, prepared, build_model(config, prepared), settings, start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.training.threads or threads)
+    try:
+        return _fit(config, prepared, build_model(config, prepared), settings, start)
+    finally:
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/models/50_training.ipynb #fit
 _MODULE = "esm_perturb.models.training"
