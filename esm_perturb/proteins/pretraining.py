@@ -409,8 +409,8 @@ def _loop(
     output = Path(config.output_dir)
     crops = Crops(proteins.train, crop=config.crop, batch_size=config.batch_size, seed=config.seed)
     validation = proteins.held_out[:128]
-    steps = range(start, config.max_steps)
-    bar = tqdm(steps, initial=start, total=config.max_steps, desc="pretrain", mininterval=2, disable=rank > 0)
+    steps, quiet = range(start, config.max_steps), {"disable": True} if rank > 0 else {}
+    bar = tqdm(steps, initial=start, total=config.max_steps, desc="pretrain", mininterval=2, **quiet)
     losses: list[float] = []
     began, residues = time.perf_counter(), 0
     network.train()
