@@ -37,7 +37,7 @@ check: install-dev
 test: check
 	@echo "notebooks"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing 2> >(grep -v 'IPKernelApp' >&2)
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(REALDATA)" $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(abspath $(REALDATA))" $(BIN)/python -m pytest
 
 realdata: install
 	@test -n "$(REALDATA)" || { echo "usage: make realdata REALDATA=folder, which holds perturb_seq/ and proteins/"; exit 2; }

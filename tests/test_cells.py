@@ -469,7 +469,7 @@ def realdata():
     folder = os.environ.get("REALDATA")
     if not folder or not (Path(folder) / "perturb_seq").is_dir():
         pytest.skip("REALDATA does not name a folder with perturb_seq/")
-    return Path(folder) / "perturb_seq"
+    return Path(folder).resolve() / "perturb_seq"
 
 
 NORMAN = DataKwargs(pert_col="condition", batch_col=None, modality_col="perturbation_type", control_pert="control")
