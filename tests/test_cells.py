@@ -316,15 +316,33 @@ def cells_of(batches):
     return [cell for batch in batches for cell_set in batch for cell in cell_set.cells.tolist() if cell >= 0]
 
 
+def test_sets_of_one_cell_that_no_equal_shares_can_hold_are_refused(tmp_path):
+    store, splits = in_memory(make_adata(n=120), tmp_path, HEAD)
+    groups = group_cells(store, splits, "train", basal="random")
+    cells = len(splits.perturbed_indices("train"))
+    world_size = next(n for n in (2, 3, 4, 5) if cells % n)
+    with pytest.raises(InputError, match="equal shares need; use fewer processes"):
+        SetSampler(groups, cell_set_len=1, batch_size=1, seed=0, world_size=world_size)
+    assert len(SetSampler(groups, cell_set_len=1, batch_size=1, seed=0)) == cells
+
+
+def test_a_test_gene_that_trains_in_a_combination_is_listed(tmp_path):
+    text = HEAD + '[fewshot."screen.1.k562"]\nval = ["TP53"]\ntest = ["STAT1"]\n'
+    store, splits = in_memory(make_adata(), tmp_path, text)
+    audit = split_overlap(store.obs, splits)
+    assert audit["perturbation"].tolist() == ["STAT1"]
+    assert audit["parts_trained"].item() == "STAT1+TP53"
+
+
 @given(
     seed=st.integers(0, 1000),
-    cell_set_len=st.integers(1, 40),
+    cell_set_len=st.integers(2, 40),
     batch_size=st.integers(1, 9),
     world_size=st.integers(1, 4),
     basal=st.sampled_from(["random", "batch"]),
     resample=st.booleans(),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=25, derandomize=True)
 def test_an_epoch_shows_every_training_cell_once(
     tmp_path_factory, seed, cell_set_len, batch_size, world_size, basal, resample
 ):

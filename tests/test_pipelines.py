@@ -196,6 +196,31 @@ def test_a_refused_rerun_leaves_the_finished_run_as_it_was(tiny, trained, tmp_pa
     assert snapshot(run) == before
 
 
+def test_a_folder_of_another_study_is_refused_untouched(tmp_path, capfd):
+    from esm_perturb.workflow.study import claim_folder
+
+    folder = tmp_path / "demo"
+    claim_folder(folder, {"study": "demo", "seed": 0, "max_steps": 0}, "mini_esm2")
+    before = snapshot(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--seed", "1", "--output_dir", str(folder)])
+    assert stop.value.code == 2
+    assert "another seed (0, now 1)" in capfd.readouterr().err
+    assert snapshot(folder) == before
+
+
+def test_somebody_elses_index_is_not_overwritten(tmp_path, capfd):
+    page = tmp_path / "index.html"
+    page.write_text("my own page")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path)])
+    assert stop.value.code == 2 and "was not written by esm-perturb" in capfd.readouterr().err
+    assert page.read_text() == "my own page"
+    page.unlink()
+    main(["report", str(tmp_path)])
+    main(["report", str(tmp_path)])
+
+
 def test_unknown_arms_are_refused_before_anything_is_simulated(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for arms, hint in {"esn": "did you mean 'esm'", "esm,esm": "once", ",": "at least one"}.items():

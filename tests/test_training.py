@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 from esm_perturb.cells.simulate import SimulationConfig, simulate, write_simulation
 from esm_perturb.core.config import InputError, RunConfig, from_dict, to_dict
 from esm_perturb.core.files import write_yaml
 from esm_perturb.models.state_transition import StateTransition
-from esm_perturb.models.training import main, prepare, train
+from esm_perturb.models.training import build_model, main, prepare, train
 from esm_perturb.proteins.embeddings import GeneEmbeddings
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
@@ -116,6 +117,43 @@ def test_resume_with_workers_and_accumulation_equals_uninterrupted(folder, tmp_p
     assert resumed["resumed_from_step"] == 6
     train(make_config(folder, tmp_path / "one", training=longer))
     assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_model_starts_from_training_cells_only(folder, tmp_path):
+    """Test and validation cells may hold anything: the untrained model stays the same."""
+    config = make_config(folder, tmp_path)
+    ready = prepare(config)
+    before = build_model(config, ready).state_dict()
+    changed = ready.store.X.toarray()
+    for split in ("val", "test"):
+        changed[ready.splits.indices(split)] += 1.0
+    store = dataclasses.replace(ready.store, X=csr_matrix(changed))
+    after = build_model(config, dataclasses.replace(ready, store=store)).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    changed[ready.splits.control_indices("train")] += 1.0
+    store = dataclasses.replace(ready.store, X=csr_matrix(changed))
+    moved = build_model(config, dataclasses.replace(ready, store=store)).state_dict()
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
+
+
+def test_validation_is_without_dropout(folder, tmp_path):
+    """The validation loss in the table is that of the saved best model in evaluation mode, whatever the dropout."""
+    from esm_perturb.cells.data_module import PerturbationDataModule
+    from esm_perturb.models.losses import set_loss
+
+    config = make_config(folder, tmp_path / "run", model={"dropout": 0.5}, training={"max_steps": 10, "val_freq": 10})
+    train(config)
+    ready = prepare(config)
+    options = {"cell_set_len": 16, "batch_size": 8, "seed": config.training.seed}
+    data = PerturbationDataModule(ready.store, ready.splits, data=config.data.kwargs, **options)
+    model, loss = StateTransition.load(tmp_path / "run" / "checkpoints" / "best.ckpt"), set_loss("energy")
+    losses = []
+    with torch.no_grad():
+        for batch in data.loader("val"):
+            predicted = model(batch["control"], batch["perturbation"], batch["modality"], batch["mask"])
+            losses += loss(predicted, batch["perturbed"], batch["mask"]).tolist()
+    reported = pd.read_csv(tmp_path / "run" / "metrics.csv")["val_loss"].dropna().iloc[-1]
+    assert reported == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def launch(config: RunConfig, path: Path, n_processes: int) -> subprocess.CompletedProcess:

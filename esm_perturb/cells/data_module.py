@@ -135,7 +135,10 @@ def _split_groups(groups: Groups, cell_set_len: int, least: int) -> np.ndarray:
     while n_sets.sum() < least:
         mean_size = np.where(n_sets < groups.sizes, groups.sizes / np.maximum(n_sets, 1), 0)
         if not mean_size.any():
-            raise InputError(f"{groups.sizes.sum()} cells cannot be shared by {least} processes; use fewer processes.")
+            raise InputError(
+                f"{groups.sizes.sum()} cells cannot be cut into the {least} sets that equal shares need; "
+                "use fewer processes or larger batches."
+            )
         n_sets[np.argmax(mean_size)] += 1
     return n_sets
 

@@ -339,8 +339,9 @@ def split_overlap(obs: pd.DataFrame, splits: Splits) -> pd.DataFrame:
     pandas.DataFrame
         One row per test condition (`dataset`, `cell_type`, `perturbation`, `modality`) with `test_cells`, `train_cells`
         (same context and perturbation: 0 unless the data changed), `trained_elsewhere` (other contexts that train it,
-        with their modality), `parts_trained` (parts of a combination that train in any context, alone or combined) and
-        `shared_controls` (control cells of this context that training sees too).
+        with their modality), `parts_trained` (parts of a combination that train in any context, alone or combined; for
+        a single gene, the combinations with it that train) and `shared_controls` (control cells of this context that
+        training sees too).
     """
     test, train = obs.iloc[splits.perturbed_indices("test")], obs.iloc[splits.perturbed_indices("train")]
     both = obs.iloc[np.intersect1d(splits.control_indices("train"), splits.control_indices("test"))]
@@ -354,7 +355,10 @@ def split_overlap(obs: pd.DataFrame, splits: Splits) -> pd.DataFrame:
     for key, n_cells in test.groupby(keys, observed=True).size().items():
         dataset, cell_type, name, _ = key
         others = [f"{d}/{c} ({m})" for d, c, m in elsewhere.get(name, ()) if (d, c) != (dataset, cell_type)]
-        trained = [part for part in parse_perturbation(name) if part in parts] if "+" in name else []
+        if "+" in name:
+            trained = [part for part in parse_perturbation(name) if part in parts]
+        else:
+            trained = [other for other in elsewhere if other != name and name in parse_perturbation(other)]
         counts = (n_cells, here.get((dataset, cell_type, name), 0), ", ".join(others), ", ".join(trained))
         rows.append((*key, *counts, shared.get((dataset, cell_type), 0)))
     columns = ["test_cells", "train_cells", "trained_elsewhere", "parts_trained", "shared_controls"]

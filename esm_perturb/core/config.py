@@ -291,6 +291,11 @@ def check_values(config: RunConfig) -> RunConfig:
         "data.kwargs.val_fraction": config.data.kwargs.val_fraction,
         "model.kwargs.dropout": config.model.kwargs.dropout,
     }
+    if not config.model.kwargs.use_esm_for_pert and config.model.kwargs.pert_encoder == "shuffled":
+        raise InputError(
+            "Settings 'model.kwargs.use_esm_for_pert=false' and 'model.kwargs.pert_encoder=shuffled' contradict "
+            "each other: the shuffled arm permutes ESM2 embeddings."
+        )
     if config.training.threads < 0:
         raise InputError(f"Setting 'training.threads' must be 0 or more, found {config.training.threads}.")
     for path, value in fractions.items():

@@ -238,6 +238,5 @@ def provenance(*, seed: int | None = None, inputs: Mapping[str, str | Path] | No
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": _versions(),
         "seed": seed,
-        "command": [Path(sys.argv[0]).name],
         "inputs": files,
     }

@@ -26,6 +26,12 @@ def audit_sentences(leakage: pd.DataFrame) -> list[str]:
             else f"LEAK: {rows} test conditions have {cells:,} training cells in their own cell type. "
             "The scores above are not to be trusted."
         )
+    if "parts_trained" in leakage and (leakage["parts_trained"] != "").any():
+        names = leakage.loc[leakage["parts_trained"] != "", "perturbation"].unique()
+        sentences.append(
+            f"{len(names)} test perturbations share a gene with a trained combination or single ({', '.join(names[:5])}"
+            f"{' …' if len(names) > 5 else ''}): for these the gene itself is not new."
+        )
     if "shared_controls" in leakage and len(leakage):
         shared = int(leakage["shared_controls"].max())
         sentences.append(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['leaderboard', 'perturbation_table', 'score_caption', 'detail_section', 'distribution_section', 'training_section',
-           'metrics_record', 'build_report', 'read_run', 'rebuild_index']
+           'metrics_record', 'build_report', 'read_run', 'index_is_ours', 'rebuild_index']
 
 # %% ../../nbs/evaluation/40_report.ipynb #a40aee20
 import json
@@ -315,11 +315,30 @@ _LINK = """{% if page %}<a href="{{ name | urlencode }}/{{ page | urlencode }}">
 {%- else %}{{ title }}{% endif %}"""
 
 
+_INDEX_MARK = "<!-- esm-perturb: index of runs -->"
+
+
+def index_is_ours(reports_dir: str | Path) -> bool:
+    """Whether ``index.html`` in this folder is absent or was written by `rebuild_index`."""
+    index = Path(reports_dir) / "index.html"
+    return not index.exists() or _INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")
+
+
 def rebuild_index(reports_dir: str | Path) -> Path:
-    """Write ``index.html`` listing every run below ``reports_dir``, newest first; returns its path."""
+    """Write ``index.html`` listing every run below ``reports_dir``, newest first; returns its path.
+
+    Raises
+    ------
+    InputError
+        When the folder is absent, or holds an ``index.html`` that is not one of ours.
+    """
     reports_dir = Path(reports_dir)
     if not reports_dir.is_dir():
         raise InputError(f"reports folder '{reports_dir}' does not exist: run something first or name another folder")
+    if not index_is_ours(reports_dir):
+        raise InputError(
+            f"'{reports_dir / 'index.html'}' was not written by esm-perturb: move it, or name another folder"
+        )
     runs = [run for folder in sorted(reports_dir.iterdir()) if folder.is_dir() and (run := read_run(folder))]
     runs.sort(key=lambda run: run["time"], reverse=True)
     mark = {"finished": "● finished", "failed": "▼ failed", "unreadable": "◆ unreadable"}
@@ -336,5 +355,6 @@ def rebuild_index(reports_dir: str | Path) -> Path:
     facts = f"{len(runs)} run{'' if len(runs) == 1 else 's'}" + (f", {failed} without a result" if failed else "")
     body = table_html(table, "Runs", sortable=True) if runs else fill("<p>No run has left a result here yet.</p>")
     with atomic_path(reports_dir / "index.html") as temporary:
-        temporary.write_text(render_page("Runs", body, eyebrow="esm_perturb", facts=facts), encoding="utf-8")
+        page = render_page("Runs", body, eyebrow="esm_perturb", facts=facts)
+        temporary.write_text(f"{page}\n{_INDEX_MARK}\n", encoding="utf-8")
     return reports_dir / "index.html"

@@ -91,7 +91,7 @@ def _run_pipeline_command(command: str, words: Sequence[str]) -> None:
 # %% ../../nbs/workflow/20_cli.ipynb #demo
 def _demo(words: Sequence[str]) -> None:
     """The whole main job on the embedded default, or on real cells."""
-    from esm_perturb.evaluation.report import rebuild_index
+    from esm_perturb.evaluation.report import index_is_ours, rebuild_index
     from esm_perturb.workflow.study import ARMS, demo_study, realdata_study, run_study
 
     parser = _Parser(
@@ -107,13 +107,15 @@ def _demo(words: Sequence[str]) -> None:
     told = argparse.Namespace(**parse(parser, words))
     with new_folder(told.output_dir):
         if told.realdata:
-            study = realdata_study(told.realdata, told.output_dir, max_steps=told.max_steps, arms=told.arms)
+            study = realdata_study(
+                told.realdata, told.output_dir, seed=told.seed, max_steps=told.max_steps, arms=told.arms
+            )
         else:
             study = demo_study(told.output_dir, seed=told.seed, max_steps=told.max_steps, arms=told.arms)
     report = run_study(study, told.output_dir)
-    rebuild_index(report.parent.parent)
-    print(f"\nReport:    {report}\nNumbers:   {report.parent / 'metrics.json'}")
-    print(f"Notebooks: {report.parent}/**/*.ipynb\nAll runs:  {report.parent.parent / 'index.html'}")
+    print(f"\nReport:    {report}\nNumbers:   {report.parent / 'metrics.json'}\nNotebooks: {report.parent}/**/*.ipynb")
+    if report.parent.parent.name == "reports" and index_is_ours(report.parent.parent):
+        print(f"All runs:  {rebuild_index(report.parent.parent)}")
 
 # %% ../../nbs/workflow/20_cli.ipynb #check
 def _check(words: Sequence[str]) -> None:
