@@ -252,5 +252,5 @@ class Monitor(pl.Callback):
             self.best = {key: v for key, v in self.latest.items() if key in ("step", "val_loss", "val_pearson_delta")}
             if trainer.is_global_zero:
                 pl_module.model.save(self.folder / "best.ckpt", self.extra | {"best": self.best})
+        self.metrics.save()  # first: a run killed in between measures again, and never misses a row
         save_last(trainer, self.folder / "last.ckpt")
-        self.metrics.save()
