@@ -157,7 +157,7 @@ def demo_study(output_dir: str | Path, *, seed: int = 0, max_steps: int = 0, arm
     config = project_root() / "configs" / "demo.yaml"
     parameters = {"config": f"{config},{inputs / 'split.toml'}", "max_steps": max_steps, "seed": seed}
     study = Study(
-        "Demo: a simulated screen with 32 unseen genes",
+        "Demo: a simulated screen with 32 unseen genes (embeddings: mini ESM2)",
         inputs / "proteins.fasta",
         parameters,
         {"model": "mini_esm2"},
@@ -217,7 +217,7 @@ def realdata_study(
     )
     write_text(toml, template.replace(f'"{REALDATA}.h5ad"', to_json(str(cells), indent=None)))
     config = f"{configs / REALDATA}.yaml,{toml}"
-    title = "Norman et al. 2019 and McFaline-Figueroa et al. 2024: held-out perturbations"
+    title = f"Norman et al. 2019 and McFaline-Figueroa et al. 2024: held-out perturbations (embeddings: {model})"
     return Study(
         title,
         fasta,
