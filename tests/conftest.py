@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
@@ -13,6 +14,11 @@ from esm_perturb.cells.simulate import SimulationConfig, simulate, write_simulat
 from esm_perturb.proteins.embeddings import GeneEmbeddings
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+# Random cases find bugs at a desk; an automatic run must not depend on the draw, nor on how busy the machine is.
+hypothesis.settings.register_profile("desk", deadline=None)
+hypothesis.settings.register_profile("automatic", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("automatic" if os.environ.get("CI") else "desk")
 
 
 @pytest.fixture(scope="session")
