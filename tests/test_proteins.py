@@ -314,6 +314,17 @@ def test_unsafe_pickle_is_never_run(tmp_path):
     assert not flag.exists() and "weights_only=False" in one_line(caught)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.25, 0.5, 0.75, 0.99])
+def test_a_truncated_table_is_refused_in_one_sentence(tmp_path, share):
+    path = tmp_path / "genes.pt"
+    torch.save({f"G{i}": torch.ones(64) for i in range(200)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError) as caught:
+        GeneEmbeddings.load(path)
+    assert str(path) in one_line(caught)
+
+
 def test_half_precision_files_are_read_as_float32(tmp_path):
     torch.save({"A": torch.ones(4, dtype=torch.bfloat16)}, tmp_path / "half.pt")
     assert GeneEmbeddings.load(tmp_path / "half.pt").vectors.dtype == np.float32

@@ -174,7 +174,7 @@ def _read_fair_checkpoint(path: Path) -> tuple[argparse.Namespace, dict[str, Ten
         raise InputError(
             f"'{path}' is not a safe checkpoint (it would run code when read) or not a checkpoint."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"'{path}' is damaged or not a PyTorch file; download it again.") from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
     cfg, state = content.get("cfg"), content.get("model")

@@ -81,7 +81,7 @@ def _read_pt(path: Path) -> object:
             f"'{path}' is a pickle that could run code when opened, and is refused: if you trust it, rewrite it with "
             "torch.save({k: torch.as_tensor(v) for k, v in torch.load(FILE, weights_only=False).items()}, NEW_FILE)."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"'{path}' is damaged or not a PyTorch file.") from error
 
 # %% ../../nbs/proteins/30_embeddings.ipynb #read-map
