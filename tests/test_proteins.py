@@ -1,7 +1,6 @@
 """Proteins: hostile files, and parity with fair-esm and transformers on equal random weights."""
 
 import argparse
-import gzip
 import json
 import math
 
@@ -11,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esm_perturb.core.config import InputError, MissingFileError
-from esm_perturb.core.files import project_root
-from esm_perturb.proteins.embeddings import GeneEmbeddings, embed_sequences
+from esm_perturb.core.config import InputError
+from esm_perturb.proteins.embed import embed_sequences
+from esm_perturb.proteins.embeddings import GeneEmbeddings
 from esm_perturb.proteins.esm2 import ALPHABET, ESM2, MASK, save_fair_esm, to_fair_esm_state, tokenize
 from esm_perturb.proteins.perplexity import ESMEvaluator, calculate_esm_perplexity, draw_masks
-from esm_perturb.proteins.sequences import AMINO_ACIDS, RESIDUES, clean_sequence, read_fasta, write_fasta
+from esm_perturb.proteins.sequences import AMINO_ACIDS, RESIDUES
 
 LENGTHS = (5, 40, 17, 40, 1, 63)
 
@@ -75,16 +74,6 @@ def test_tokens_equal_fair_esm(fair, proteins):
 def test_unknown_runs_keep_their_length():
     ids, _ = tokenize(["MJJJ?éK"])
     assert ids.shape == (1, 9) and (ids[0, 2:7] == ALPHABET.index("<unk>")).all() and ids[0, 7] == ALPHABET.index("K")
-
-
-def test_pooled_embedding_equals_fair_esm(model, fair, proteins):
-    _, _, tokens = fair.alphabet.get_batch_converter()(list(proteins.items()))
-    with torch.inference_mode():
-        representations = fair(tokens, repr_layers=[3])["representations"][3]
-    embeddings = embed_sequences(model, proteins, batch_tokens=10_000, progress=False)
-    for row, sequence in enumerate(proteins.values()):
-        expected = representations[row, 1 : len(sequence) + 1].mean(dim=0).numpy()
-        np.testing.assert_allclose(embeddings.vectors[row], expected, atol=1e-5, rtol=0)
 
 
 def test_masked_logits_equal_fair_esm(model, fair, proteins):
@@ -246,49 +235,12 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
 # Embeddings
 
 
-def test_embedding_does_not_depend_on_batch_order_or_neighbours(model, proteins):
-    reference = embed_sequences(model, proteins, progress=False)
-    backwards = dict(reversed(proteins.items()))
-    for batch_tokens in (1, 90, 10_000):
-        other = embed_sequences(model, backwards, batch_tokens=batch_tokens, progress=False)
-        np.testing.assert_allclose(other.vectors[::-1], reference.vectors, atol=2e-6, rtol=0)
-        assert other.names == list(backwards)
-
-
-def test_embedding_survives_a_full_gpu(model, proteins, monkeypatch):
-    reference = embed_sequences(model, proteins, progress=False)
-    hidden = model.hidden
-
-    def short_of_memory(ids, mask):
-        if len(ids) > 1:
-            raise torch.OutOfMemoryError
-        return hidden(ids, mask)
-
-    monkeypatch.setattr(model, "hidden", short_of_memory)
-    halved = embed_sequences(model, proteins, progress=False)
-    np.testing.assert_allclose(halved.vectors, reference.vectors, atol=2e-6, rtol=0)
-
-
 def test_long_proteins_are_cut_and_recorded(model):
     long = "MKTAYIAKQR" * 5
     embeddings = embed_sequences(model, {"LONG": long, "CUT": long[:20], "S": "MK"}, max_residues=20, progress=False)
     assert np.array_equal(embeddings.vectors[0], embeddings.vectors[1])
     assert embeddings.record["truncated"] == ["LONG"] and embeddings.record["n_truncated"] == 1
     assert len(set(embeddings.record["sequence_sha256"].values())) == 3
-
-
-def test_embedding_leaves_the_model_as_it_was(model, proteins):
-    model.train()
-    before = torch.get_rng_state()
-    embed_sequences(model, proteins, progress=False)
-    assert model.training and torch.equal(torch.get_rng_state(), before)
-    model.eval()
-
-
-def test_progress_goes_to_standard_error(model, capfd):
-    embed_sequences(model, {"A": "MKTAYIAK"})
-    output = capfd.readouterr()
-    assert output.out == "" and "residues" in output.err
 
 
 def test_saved_embeddings_load_with_plain_torch_and_without_their_record(model, proteins, tmp_path):
@@ -426,76 +378,3 @@ def test_masks_hide_the_stated_number_of_standard_residues(sequence, seed):
         masks = draw_masks(sequence, seed=seed)
         assert masks.shape == (5, max(1, int(0.15 * len(standard) + 1e-9)))
         assert all(len(set(row)) == len(row) and set(row) <= set(standard) for row in masks.tolist())
-
-
-# Sequences
-
-
-@given(st.text(alphabet="acdEFGHIKlmnpqrSTVWYxbuzojJ*-. \n", max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_cleaning_twice_changes_nothing_and_keeps_positions(raw):
-    written = "".join(raw.split()).rstrip("*")
-    if not written:
-        with pytest.raises(InputError):
-            clean_sequence(raw)
-        return
-    cleaned = clean_sequence(raw)
-    assert clean_sequence(cleaned) == cleaned and set(cleaned) <= set(RESIDUES) and len(cleaned) == len(written)
-
-
-@given(st.dictionaries(st.text("ABCdef123-_.", min_size=1), st.text(RESIDUES, min_size=1, max_size=150), min_size=1))
-@settings(max_examples=60, deadline=None)
-def test_fasta_round_trip(tmp_path_factory, sequences):
-    if set("".join(sequences.values())) <= set("ACGTUN"):
-        return
-    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta.gz"
-    assert read_fasta(write_fasta(path, sequences)) == sequences
-
-
-def test_damaged_fasta_files_are_refused(tmp_path):
-    whole = gzip.compress(
-        b">A\n" + b"MKTAYIAKQRQISFVKSHFSRQ\n" * 500 + b">B\n" + bytes(np.arange(65, 90)) * 50, mtime=0
-    )
-    flipped = whole[:30] + bytes([whole[30] ^ 0xFF]) + whole[31:]
-    cases = {
-        "cut.fasta.gz": (whole[:-20], "cut short"),
-        "flipped.fasta.gz": (flipped, "damaged|cut short|not protein|not FASTA|UTF-8"),
-        "binary.fasta": (bytes(range(256)), "UTF-8|not FASTA"),
-        "latin.fasta": (">Å\nMKT\n".encode("latin-1"), "UTF-8"),
-        "empty.fasta.gz": (gzip.compress(b""), "is empty"),
-        "nothing.fasta": (b"", "is empty"),
-        "table.tsv": (b"gene\tsequence\nA\tMKT\n", "line 1"),
-    }
-    for name, (content, said) in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=said) as caught:
-            read_fasta(tmp_path / name)
-        assert name in one_line(caught)
-    for absent in (tmp_path / "absent.fasta", tmp_path):
-        with pytest.raises(MissingFileError):
-            read_fasta(absent)
-
-
-def test_gene_key_wants_a_gene_where_the_format_has_one(tmp_path):
-    path = tmp_path / "a.fasta"
-    path.write_text(">sp|P1|X_Y Some protein OS=Homo sapiens PE=1\nMKT\n")
-    assert read_fasta(path) == {"P1": "MKT"}
-    with pytest.raises(InputError, match="line 1: 'P1' names no gene"):
-        read_fasta(path, key="gene")
-    path.write_text(">TP53 a\nMKT\n>TP53 b\nMKTA\n")
-    assert read_fasta(path, key="gene") == {"TP53": "MKTA"}
-    assert read_fasta(path, key="gene", isoforms="first") == {"TP53": "MKT"}
-    with pytest.raises(InputError, match="line 3: 'TP53' occurs before"):
-        read_fasta(path)
-
-
-@pytest.mark.realdata
-def test_human_proteins_are_all_readable():
-    folder = project_root().parent / "shared" / "data" / "proteins"
-    if not folder.is_dir():
-        pytest.skip("the development data are not on this machine")
-    human = read_fasta(folder / "human.fasta.gz")
-    assert len(human) == 12_464 and len(human["TTN"]) == 34_350
-    assert all(clean_sequence(sequence) for sequence in human.values())
-    yeast = read_fasta(folder / "yeast_proteome.fasta.gz")
-    assert "TY4B-P" in yeast and len(yeast) <= 6060

@@ -26,7 +26,7 @@ def compare_arms(folder: str, seed: int, family_effect: bool) -> dict:
     from esm_perturb.evaluation.baselines import MeanResponse, RidgeOnEmbeddings, predict_cells
     from esm_perturb.evaluation.metrics import compare, evaluate
     from esm_perturb.models.training import prepare, train
-    from esm_perturb.proteins.embeddings import embed_sequences
+    from esm_perturb.proteins.embed import embed_sequences
     from esm_perturb.proteins.esm2 import ESM2
     from esm_perturb.workflow.pipelines import predict_run, split_store
 

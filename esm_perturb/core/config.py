@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'POSITIVE', 'PRESETS', 'PARAMETERS', 'InputError', 'MissingFileError', 'nearest', 'DataKwargs',
-           'ModelKwargs', 'TrainingConfig', 'WandbConfig', 'DataConfig', 'ModelConfig', 'RunConfig', 'from_dict',
-           'to_dict', 'check_values', 'parse_yaml', 'parse_overrides', 'merge', 'read_config_file', 'check_toml',
-           'is_empty', 'resolve_config']
+           'ModelKwargs', 'TrainingConfig', 'WandbConfig', 'DataConfig', 'ModelConfig', 'EmbeddingsConfig', 'RunConfig',
+           'from_dict', 'to_dict', 'check_values', 'parse_yaml', 'parse_overrides', 'merge', 'read_config_file',
+           'check_toml', 'is_empty', 'resolve_config']
 
-# %% ../../nbs/core/10_config.ipynb #f41606a8
+# %% ../../nbs/core/10_config.ipynb #ffcc077a
 import dataclasses
 import difflib
 import re
@@ -149,6 +149,15 @@ class ModelConfig:
 
 
 @dataclass
+class EmbeddingsConfig:
+    """Whose genes they are, and where their embeddings lie (`embeddings`)."""
+
+    current: str = "human"  # human | mouse | esm2-scbasecamp
+    paths: dict = field(default_factory=dict)  # profile: file; model.kwargs.esm_embeddings_path goes first
+    gene_table: str = ""  # HGNC's or MGI's table: aliases and previous symbols are then understood
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -156,6 +165,7 @@ class RunConfig:
     output_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -223,7 +233,7 @@ def to_dict(config: object) -> dict:
     """Nested plain data of a configuration dataclass; the inverse of `from_dict`."""
     return dataclasses.asdict(config)
 
-# %% ../../nbs/core/10_config.ipynb #2dd48baf
+# %% ../../nbs/core/10_config.ipynb #25e9d9d7
 CHOICES = {
     "data.kwargs.output_space": ("gene",),
     "data.kwargs.basal_mapping_strategy": ("random", "batch"),
@@ -236,6 +246,7 @@ CHOICES = {
     "training.precision": ("32-true", "bf16-mixed"),
     "training.accelerator": ("auto", "cpu", "cuda"),
     "wandb.mode": ("online", "offline"),
+    "embeddings.current": ("human", "mouse", "esm2-scbasecamp"),
     "data.name": ("perturbation",),
     "model.name": ("esm_state",),
 }
@@ -296,6 +307,10 @@ def check_values(config: RunConfig) -> RunConfig:
             "Settings 'model.kwargs.use_esm_for_pert=false' and 'model.kwargs.pert_encoder=shuffled' contradict "
             "each other: the shuffled arm permutes ESM2 embeddings."
         )
+    for name, path in config.embeddings.paths.items():
+        if name not in CHOICES["embeddings.current"] or not isinstance(path, str):
+            known = ", ".join(CHOICES["embeddings.current"])
+            raise InputError(f"Setting 'embeddings.paths' maps {known} to files, found {name!r}: {path!r}.")
     if config.training.threads < 0:
         raise InputError(f"Setting 'training.threads' must be 0 or more, found {config.training.threads}.")
     for path, value in fractions.items():
@@ -303,7 +318,7 @@ def check_values(config: RunConfig) -> RunConfig:
             raise InputError(f"Setting '{path}' must lie in [0, 1), found {value}.")
     return config
 
-# %% ../../nbs/core/10_config.ipynb #79210b16
+# %% ../../nbs/core/10_config.ipynb #cef4fab8
 PRESETS = {
     "esm_state": {"name": "esm_state", "model": {"name": "esm_state"}},
     "demo": {
@@ -394,12 +409,15 @@ _PATHS = {
     ("model", "kwargs", "esm_embeddings_path"),
     ("model", "kwargs", "gene_to_esm_map_path"),
     ("model", "kwargs", "init_from"),
+    ("embeddings", "gene_table"),
 }
 
 
 def _anchor_paths(values: dict, folder: Path) -> dict:
     """Make the file settings in `values` absolute, relative to `folder`."""
-    for *parents, key in _PATHS:
+    tables = values.get("embeddings") if isinstance(values.get("embeddings"), Mapping) else {}
+    tables = tables.get("paths") if isinstance(tables.get("paths"), Mapping) else {}
+    for *parents, key in (*_PATHS, *(("embeddings", "paths", name) for name in tables)):
         node = values
         for parent in parents:
             node = node.get(parent) if isinstance(node, Mapping) else None
@@ -439,6 +457,8 @@ def read_config_file(path: str | Path) -> dict:
         raise InputError(f"Configuration file '{path}' must hold key: value pairs.")
     if "kwargs" in values:
         values = {"name": values.get("name", "esm_state"), "model": values}
+    for dotted in [key for key in values if "." in str(key)]:
+        values = merge(values, _nested(dotted, values.pop(dotted)))
     return _anchor_paths(values, path.resolve().parent)
 
 
@@ -462,6 +482,7 @@ PARAMETERS = {
     "pert_encoder": "model.kwargs.pert_encoder",
     "esm_embeddings_path": "model.kwargs.esm_embeddings_path",
     "init_from": "model.kwargs.init_from",
+    "gene_table": "embeddings.gene_table",
     "missing_genes": "data.kwargs.missing_genes",
     "use_wandb": "wandb.use_wandb",
     "wandb_project": "wandb.wandb_project",
@@ -524,7 +545,10 @@ def resolve_config(
             raise InputError(f"Unknown parameter '{name}'{nearest(name, PARAMETERS)}; known: {', '.join(PARAMETERS)}.")
         values = merge(values, _nested(PARAMETERS[name], value))
     values = merge(values, parse_overrides(overrides))
-    return check_values(from_dict(RunConfig, _anchor_paths(_copy(values), Path.cwd())))
+    resolved = check_values(from_dict(RunConfig, _anchor_paths(_copy(values), Path.cwd())))
+    model, embeddings = resolved.model.kwargs, resolved.embeddings
+    model.esm_embeddings_path = model.esm_embeddings_path or embeddings.paths.get(embeddings.current, "")
+    return resolved
 
 # %% ../../nbs/core/10_config.ipynb #preset-of
 def _preset_of(files: list, run: Mapping[str, object]) -> str:

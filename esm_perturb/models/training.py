@@ -33,6 +33,8 @@ from .encoders import build_encoder, encoder_kind
 from .losses import LossDiverged, SetLoss, set_loss
 from .state_transition import StateTransition, initialise_from
 from ..proteins.embeddings import CoverageReport, GeneEmbeddings
+from ..proteins.gene_names import GeneNames
+from ..proteins.species import open_table, warn_of_other_species
 
 # %% ../../nbs/models/50_training.ipynb #prepared
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Prepared:
     dropped: pd.DataFrame
 
 # %% ../../nbs/models/50_training.ipynb #load-embeddings
-def _load_embeddings(config: RunConfig) -> GeneEmbeddings | None:
-    """The gene embeddings that the configuration names; None for one-hot perturbations.
+def _load_embeddings(config: RunConfig) -> tuple[GeneEmbeddings, GeneNames | None] | None:
+    """The gene embeddings and gene names that the configuration means; None for one-hot perturbations.
 
     With `missing_genes: drop` they are read for one-hot too, so that all arms keep the same cells and split.
     """
@@ -77,12 +79,7 @@ def _load_embeddings(config: RunConfig) -> GeneEmbeddings | None:
     same_cells = config.data.kwargs.missing_genes == "drop" and model.esm_embeddings_path
     if encoder_kind(model) == "onehot" and not same_cells:
         return None
-    if not model.esm_embeddings_path:
-        raise InputError(
-            "gene embeddings are needed: give their file with --esm_embeddings_path, "
-            "or set model.kwargs.use_esm_for_pert=false for one-hot perturbations."
-        )
-    return GeneEmbeddings.load(model.esm_embeddings_path, model.gene_to_esm_map_path)
+    return open_table(config.embeddings, path=model.esm_embeddings_path, map_path=model.gene_to_esm_map_path)
 
 # %% ../../nbs/models/50_training.ipynb #loss
 def _loss(config: RunConfig) -> SetLoss:
@@ -125,12 +122,14 @@ def prepare(config: RunConfig) -> Prepared:
         raise InputError("no data: give a split file with --config example.toml (data.kwargs.toml_config_path).")
     _loss(config)
     spec = read_split_toml(data.toml_config_path)
-    embeddings = _load_embeddings(config)
+    table = _load_embeddings(config)
     store = CellStore.from_spec(spec, data)
     genes, vectors, coverage = store.genes(), None, None
     dropped = pd.DataFrame(columns=["dataset", "cell_type", "perturbation", "modality", "n_cells"])
-    if embeddings is not None:
-        lookup = embeddings.lookup(genes, policy=data.missing_genes)
+    if table is not None:
+        embeddings, names = table
+        lookup = embeddings.lookup(genes, policy=data.missing_genes, names=names)
+        warn_of_other_species(lookup.report, config.embeddings.current)
         labels = store.perturbations_with(set(genes) - set(lookup.genes))
         if labels:
             store, dropped = store.drop_perturbations(labels)
@@ -147,7 +146,7 @@ def prepare(config: RunConfig) -> Prepared:
     )
     trained = store.obs["perturbation"].to_numpy()[splits.perturbed_indices("train")]
     train_genes = sorted({gene for label in set(trained) for gene in parse_perturbation(label)})
-    record = {} if embeddings is None else embeddings.record
+    record = {} if table is None else table[0].record
     return Prepared(spec, store, splits, genes, train_genes, vectors, coverage, record, dropped)
 
 # %% ../../nbs/models/50_training.ipynb #mean-cell

@@ -6,12 +6,14 @@
 __all__ = ['ALPHABET', 'BOS', 'PAD', 'EOS', 'UNK', 'MASK', 'ESM2_SIZES', 'MINI_ESM2', 'ROTARY', 'ESM2Size', 'to_fair',
            'from_fair', 'build_network', 'cast_parameters', 'load_network', 'save_folder', 'save_fair_checkpoint']
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #c87d5b99
+# %% ../../nbs/proteins/15_checkpoints.ipynb #4984a66a
 import argparse
 import json
 import logging
 import pickle
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from ..core.config import InputError, MissingFileError, nearest
 from ..core.files import atomic_path, project_root, write_json, write_text
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #9c580200
+# %% ../../nbs/proteins/15_checkpoints.ipynb #fc7cd0c4
 ALPHABET = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 BOS, PAD, EOS, UNK, MASK = (ALPHABET.index(token) for token in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>"))
 
@@ -45,7 +47,7 @@ ESM2_SIZES = {
 MINI_ESM2 = "mini_esm2"  # the small model that this project trained itself; a folder of the repository
 _HUB_OWNER = "facebook/"
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #2dee607f
+# %% ../../nbs/proteins/15_checkpoints.ipynb #4b3f990b
 _RENAMES = (  # (transformers, fair-esm); {n} is a layer
     ("esm.embeddings.word_embeddings.weight", "embed_tokens.weight"),
     ("esm.encoder.layer.{n}.attention.self.query.", "layers.{n}.self_attn.q_proj."),
@@ -103,7 +105,7 @@ def from_fair(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
             raise InputError(f"{where} holds the tensor '{name}', which ESM2 does not have: is it another model?")
     return converted
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #8fc1e2ea
+# %% ../../nbs/proteins/15_checkpoints.ipynb #b920de60
 _ESM2_CONFIG = {  # what makes a configuration of transformers' ESM an ESM2
     "vocab_size": len(ALPHABET),
     "mask_token_id": MASK,
@@ -244,17 +246,32 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype, *, local_files
     _check_config(network.config.to_dict(), where)
     return network
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #load-hub
+# %% ../../nbs/proteins/15_checkpoints.ipynb #answers
 _LOGGER = logging.getLogger(__name__)
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers at all, within ten seconds; proxies of the environment are used."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 def _load_hub(name: str, dtype: torch.dtype) -> nn.Module:
     """A model of the Hugging Face hub: from the cache, else downloaded."""
+    from huggingface_hub import constants
+
     try:
         return _from_pretrained(name, f"'{name}'", dtype, local_files_only=True)
     except OSError:
         _LOGGER.info("%s is not in the Hugging Face cache; downloading it", name)
     try:
+        if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):  # the hub's library would retry for 25 s
+            raise ConnectionError(f"{constants.ENDPOINT} does not answer")
         return _from_pretrained(name, f"'{name}'", dtype, local_files_only=False)
     except OSError as error:
         raise InputError(
@@ -270,6 +287,8 @@ def _load_fair_name(name: str) -> nn.Module:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if not _answers(url):
+                raise ConnectionError(f"{url} does not answer")
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise InputError(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'pipeline_parser', 'parse', 'run', 'main']
 
-# %% ../../nbs/workflow/20_cli.ipynb #4bd90f29
+# %% ../../nbs/workflow/20_cli.ipynb #9e1e95a5
 import argparse
 import sys
 from collections.abc import Sequence
@@ -119,13 +119,38 @@ def _demo(words: Sequence[str]) -> None:
 
 # %% ../../nbs/workflow/20_cli.ipynb #check
 def _check(words: Sequence[str]) -> None:
-    """Show what an h5ad file holds."""
+    """Show what an h5ad file holds, or whether a table of gene embeddings is sound."""
     from esm_perturb.cells.inspection import inspect_h5ad
     from esm_perturb.core.files import to_json
+    from esm_perturb.proteins.embeddings import GeneEmbeddings
+    from esm_perturb.proteins.sequences import read_fasta
 
-    parser = _Parser(prog="esm-perturb check", description="show what an h5ad file holds", allow_abbrev=False)
-    parser.add_argument("file", help="an .h5ad file")
-    print(to_json(inspect_h5ad(parse(parser, words)["file"])))
+    parser = _Parser(
+        prog="esm-perturb check", description="show what a file of cells or gene embeddings holds", allow_abbrev=False
+    )
+    parser.add_argument("file", help="cells (.h5ad), or gene embeddings (.pt, .safetensors, .parquet, .npz)")
+    parser.add_argument("--fasta", default="", help="proteins of the genes, to find names permuted against vectors")
+    told = parse(parser, words)
+    if Path(told["file"]).suffix == ".h5ad":
+        print(to_json(inspect_h5ad(told["file"])))
+        return
+    embeddings = GeneEmbeddings.load(told["file"])
+    report = embeddings.check(read_fasta(told["fasta"]) if told["fasta"] else None)
+    print(f"{len(embeddings.names)} genes, {embeddings.dim} dimensions\n{report.to_frame().to_string(index=False)}")
+    report.raise_if_failed(f"'{told['file']}'")
+
+
+def _fetch(words: Sequence[str]) -> None:
+    """Download proteins or gene names, or check a file that was downloaded by hand."""
+    from esm_perturb.proteins.downloads import SOURCES, fetch
+
+    parser = _Parser(prog="esm-perturb fetch", description="download proteins or gene names", allow_abbrev=False)
+    listed = "; ".join(f"{name}: {source.what}" for name, source in SOURCES.items())
+    parser.add_argument("name", help=listed)
+    parser.add_argument("--local_file", default=None, help="a copy that you have: it is checked and used instead")
+    parser.add_argument("--folder", default=None, help="where downloads are kept")
+    parser.add_argument("--sha256", default=None, help="what the file's SHA-256 must be")
+    print(fetch(**parse(parser, words)))
 
 
 def _report(words: Sequence[str]) -> None:
@@ -137,14 +162,15 @@ def _report(words: Sequence[str]) -> None:
     print(f"Index: {rebuild_index(Path(parse(parser, words)['reports']))}")
 
 
-COMMANDS = {"demo": _demo, "check": _check, "report": _report}
+COMMANDS = {"demo": _demo, "check": _check, "fetch": _fetch, "report": _report}
 
 # %% ../../nbs/workflow/20_cli.ipynb #usage
 def _usage() -> str:
     """The command's overview."""
     rows = [f"  {name:<10}{summary}" for name, summary in _SUMMARIES.items()]
     rows += ["  demo      run the main job on simulated cells, or on real ones with --realdata"]
-    rows += ["  report    rebuild reports/index.html", "  check     show what an .h5ad file holds"]
+    rows += ["  report    rebuild reports/index.html", "  check     show what a file of cells or embeddings holds"]
+    rows += ["  fetch     download human or mouse proteins, or HGNC's gene names"]
     return (
         "usage: esm-perturb COMMAND [--flag value …] [path=value …]\n\n"
         + "\n".join(rows)

@@ -179,7 +179,7 @@ def notebook_parameters(pipeline: str, namespace: Mapping[str, object]) -> dict[
 
 def resolve_parameters(parameters: Mapping[str, object]) -> RunConfig:
     """The `RunConfig` of a notebook's parameters: preset ← config ← run sections ← single parameters ← overrides."""
-    sections = ("name", "data", "model", "training", "wandb")
+    sections = ("name", "data", "model", "embeddings", "training", "wandb")
     run = {name: parameters[name] for name in sections if name in parameters}
     rest = {name: value for name, value in parameters.items() if name not in (*sections, "config", "overrides")}
     return resolve_config(
@@ -428,7 +428,7 @@ def demo_simulation(folder: str | Path, *, seed: int = 0) -> dict[str, Path]:
 
 def _embed_into(folder: Path) -> Path:
     """Embed `proteins.fasta` of a folder with the mini ESM2, once."""
-    from esm_perturb.proteins.embeddings import embed_sequences
+    from esm_perturb.proteins.embed import embed_sequences
     from esm_perturb.proteins.esm2 import ESM2
     from esm_perturb.proteins.sequences import read_fasta
 
