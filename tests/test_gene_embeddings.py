@@ -354,10 +354,10 @@ def test_an_altered_index_never_opens_to_a_wrong_gene(tmp_path, whole, data):
 
 
 def test_no_single_bit_of_the_index_leads_to_a_wrong_gene(tmp_path, whole):
-    """Every byte in turn: the file is refused, or every name is where it was; vectors are not read when it opens."""
+    """Every third byte in turn: the file is refused, or every name is where it was (opening reads no vectors)."""
     content, made, path = whole[".safetensors"], example(), tmp_path / "flipped.safetensors"
     opened = 0
-    for place in range(len(content)):
+    for place in range(0, len(content), 3):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x01]) + content[place + 1 :])
         try:
             table = GeneEmbeddings.open(path)
@@ -366,7 +366,7 @@ def test_no_single_bit_of_the_index_leads_to_a_wrong_gene(tmp_path, whole):
         opened += 1
         assert list(table.names) == made.names and [table.names.row(name) for name in made.names] == list(range(20))
         assert table.names.spellings("gene7") == ["GENE7"]
-    assert 4 * 20 * 6 <= opened < len(content) / 2
+    assert 20 * 6 <= opened < len(content) / 6
 
 
 def test_values_that_changed_in_an_h5ad_are_refused(tmp_path):
@@ -374,7 +374,7 @@ def test_values_that_changed_in_an_h5ad_are_refused(tmp_path):
     adata.varm["esm2"][3, 0] += 1
     adata.write_h5ad(tmp_path / "genes.h5ad")
     for read in (lambda: GeneEmbeddings.load(tmp_path / "genes.h5ad"), lambda: GeneEmbeddings.from_varm(adata)):
-        with pytest.raises(InputError, match="1 vectors are not those of the record \\(first: 'GENE3'\\)"):
+        with pytest.raises(InputError, match="1 of 20 vectors are not those of the record \\(first: 'GENE3'\\)"):
             read()
 
 
@@ -601,16 +601,16 @@ print(time.perf_counter() - began, memory() - before, found.report.n_found, len(
 
 
 def test_half_a_million_genes_open_in_a_second_and_in_little_memory(tmp_path):
-    """2.6 GB of vectors, mostly a hole in the file; the best of three, since a busy machine slows some of them."""
+    """2.6 GB of vectors, mostly a hole in the file; the better of two, since a busy machine slows some of them."""
     path = tmp_path / "large.safetensors"
     subprocess.run([sys.executable, "-c", SPARSE, path], check=True)
     assert path.stat().st_size > 2.5e9
     runs = [
-        subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True, check=True) for _ in range(3)
+        subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True, check=True) for _ in range(2)
     ]
     seconds, megabytes, *rest = zip(*(map(float, run.stdout.split()) for run in runs), strict=True)
     path.unlink()
-    assert min(seconds) < 1 and min(megabytes) < 200 and rest == [(100,) * 3, (500_000,) * 3, (1280,) * 3]
+    assert min(seconds) < 1 and min(megabytes) < 200 and rest == [(100,) * 2, (500_000,) * 2, (1280,) * 2]
 
 
 def test_an_opened_row_that_is_not_finite_is_refused_when_it_is_looked_up(tmp_path):
@@ -946,6 +946,8 @@ def test_check_of_equal_rows():
     vectors[10:18] = vectors[10]
     many = GeneEmbeddings(names, vectors)
     assert statuses(many, proteins)["equal rows"] == "failed" and statuses(many)["equal rows"] == "warning"
+    cut = {"truncated": names[10:18]}  # proteins that are equal up to where the model stopped reading
+    assert statuses(GeneEmbeddings(names, vectors, cut), proteins)["equal rows"] == "ok"
     _, apart = proteins_and_vectors(100, 4)
     report = GeneEmbeddings(names, apart).check(proteins)
     assert "Equal proteins have different vectors" in report.summary()
@@ -978,7 +980,7 @@ def test_an_opened_table_is_checked_like_a_loaded_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def human(tmp_path_factory) -> tuple[GeneEmbeddings, dict[str, str]]:
-    """500 real proteins, half of them of well-known families, cut at 200 residues, embedded by the mini ESM2."""
+    """About 400 real proteins, half of well-known families, cut at 150 residues, embedded by the mini ESM2."""
     folder = project_root().parent / "shared" / "data" / "proteins"
     if not folder.is_dir() or not (project_root() / "data" / "mini_esm2").is_dir():
         pytest.skip("the development data or the mini ESM2 are not on this machine")
@@ -987,8 +989,8 @@ def human(tmp_path_factory) -> tuple[GeneEmbeddings, dict[str, str]]:
 
     everything = read_fasta(folder / "human.fasta.gz")
     rng, relatives = np.random.default_rng(0), sorted(families_by_name(sorted(everything)))
-    chosen = sorted({*rng.choice(relatives, 250, replace=False), *rng.choice(sorted(everything), 250, replace=False)})
-    proteins = {str(name): everything[name][:200] for name in chosen}
+    chosen = sorted({*rng.choice(relatives, 200, replace=False), *rng.choice(sorted(everything), 200, replace=False)})
+    proteins = {str(name): everything[name][:150] for name in chosen}
     return embed_sequences(ESM2.load("mini_esm2", device="cpu"), proteins, progress=False), proteins
 
 

@@ -6,10 +6,11 @@
 __all__ = ['EmbedSettings', 'Crop', 'crops', 'token_weights', 'coverage', 'Plan', 'make_plan', 'clean_proteins', 'open_network',
            'Batches', 'Embedder', 'progress_bar', 'Members', 'embed_sequences', 'make_record']
 
-# %% ../../nbs/proteins/32_embed.ipynb #5ac652f5
+# %% ../../nbs/proteins/32_embed.ipynb #a8c28444
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -247,8 +248,13 @@ class Embedder:
     """Vectors of proteins, shard by shard."""
 
     def __init__(self, model: ESM2, settings: EmbedSettings):
-        self.settings, self.network = settings, open_network(model, settings)
+        self.model, self.settings, self.network = model, settings, open_network(model, settings)
         self.batches = Batches(self.network, settings)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the model's weights."""
+        return self.model.parameters_sha256()
 
     def __call__(self, proteins: Sequence[str], bar: tqdm) -> np.ndarray:
         """Vectors (n_proteins, dim), float32, of clean proteins; `bar` counts their residues."""
@@ -348,22 +354,22 @@ def embed_sequences(
         for shard in plan.shards:
             values = embedder([plan.proteins[row] for row in shard], bar)
             members.add(vectors, shard, values)
-    record = make_record(model, cleaned, plan, embedder) | {"provenance": provenance()}
+    record = make_record(embedder, cleaned, plan) | {"provenance": provenance()}
     return GeneEmbeddings(list(cleaned), vectors, record)
 
 # %% ../../nbs/proteins/32_embed.ipynb #make-record
 _POOLED = {"mean": "mean over residues, without BOS and EOS", "bos": "the first token (BOS)"}
 
 
-def make_record(model: ESM2, cleaned: Mapping[str, list[str]], plan: Plan, embedder: Embedder) -> dict:
+def make_record(embedder: Embedder, cleaned: Mapping[str, list[str]], plan: Plan) -> dict:
     """How embeddings were made, as plain data that does not change from run to run."""
-    settings, network = embedder.settings, embedder.network
+    model, settings, network = embedder.model, embedder.settings, embedder.network
     layer = check_layer(settings.layer, model.n_layers)
     long = [gene for gene, proteins in cleaned.items() if max(map(len, proteins)) > settings.limit]
     hashes = {gene: [sha256_text(protein) for protein in proteins] for gene, proteins in cleaned.items()}
     return {
         "model": model.name,
-        "model_parameters_sha256": model.parameters_sha256(),
+        "model_parameters_sha256": embedder.weights_sha256,
         "backend": model.backend,
         "dtype": settings.precision,
         "arithmetic": network.arithmetic,

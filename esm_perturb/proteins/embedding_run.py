@@ -56,12 +56,12 @@ from .sequences import read_fasta
 _FORMAT = 1  # of a shard file
 
 
-def shard_keys(model: ESM2, embedder: Embedder, plan: Plan) -> list[str]:
+def shard_keys(embedder: Embedder, plan: Plan) -> list[str]:
     """One key per shard: equal keys, equal numbers."""
-    network = embedder.network
+    model, network = embedder.model, embedder.network
     identity = {
         "format": _FORMAT,
-        "weights": model.parameters_sha256(),
+        "weights": embedder.weights_sha256,
         "rotary": hashlib.sha256(model.weights()[ROTARY].detach().float().cpu().numpy()).hexdigest(),
         "backend": model.backend,
         "settings": asdict(embedder.settings),
@@ -154,7 +154,7 @@ class EmbeddingRun:
         self.cleaned = clean_proteins(sequences, settings)
         self.plan = make_plan(self.cleaned, settings, shard_residues=shard_residues)
         self.embedder = Embedder(model, settings)
-        self.keys = shard_keys(model, self.embedder, self.plan)
+        self.keys = shard_keys(self.embedder, self.plan)
 
     def path(self, shard: int) -> Path:
         """Where a shard is, or will be."""
@@ -192,7 +192,7 @@ class EmbeddingRun:
                     values = read_shard(self.path(shard), self.keys[shard])
                 members.add(vectors, rows, values)
             vectors.flush()
-        record = make_record(self.model, self.cleaned, self.plan, self.embedder)
+        record = make_record(self.embedder, self.cleaned, self.plan)
         with _writing_to(self.folder):
             record["vectors_sha256"] = sha256_file(self.folder / "vectors.npy")
             write_json(self.folder / "provenance.json", provenance())

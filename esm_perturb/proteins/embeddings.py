@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CoverageReport', 'Lookup', 'GeneEmbeddings', 'vector_hashes']
 
-# %% ../../nbs/proteins/30_embeddings.ipynb #145db456
+# %% ../../nbs/proteins/30_embeddings.ipynb #cebba316
 import hashlib
 import json
 import logging
@@ -241,11 +241,12 @@ def _changed(embeddings: GeneEmbeddings, now: dict[str, str]) -> list[str]:
 
 def _as_recorded(embeddings: GeneEmbeddings, where: str) -> GeneEmbeddings:
     """The table, unless its vectors are not those of the record that came with it."""
-    known = "vector_sha256" in embeddings.record
-    if known and (changed := _changed(embeddings, vector_hashes(embeddings.names, embeddings.vectors))):
+    if "vector_sha256" not in embeddings.record:
+        return embeddings
+    if changed := _changed(embeddings, vector_hashes(embeddings.names, embeddings.vectors)):
         raise InputError(
-            f"{where}: {len(changed)} vectors are not those of the record (first: {changed[0]!r}): the values are "
-            "damaged, were changed, or stand under other names."
+            f"{where}: {len(changed)} of {len(embeddings)} vectors are not those of the record "
+            f"(first: {changed[0]!r}): the values are damaged, were changed, or stand under other names."
         )
     return embeddings
 

@@ -166,9 +166,10 @@ class _Weights:
             self.linear(f"{name}.output.dense"),
         )
 
-# %% ../../nbs/proteins/22_fast_network.ipynb #d82c446d
+# %% ../../nbs/proteins/22_fast_network.ipynb #3b429789
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_KEPT, _PIECE = 0.88, 4096  # 1 - 0.15 * 0.8, the share of tokens that training left visible; tokens per feed-forward
+_KEPT = 0.88  # 1 - 0.15 * 0.8, the share of tokens that training left visible
+_PIECE = {"cpu": 4096, "cuda": 65_536}  # tokens that pass through the feed-forward network at once
 
 # %% ../../nbs/proteins/22_fast_network.ipynb #packedesm2
 class PackedESM2:
@@ -211,7 +212,7 @@ class PackedESM2:
         attend = _ATTENTION[self.attention](lengths, self.device)
         for block in self.blocks[:layer]:
             self._attend(stream, block, attend, rotations)
-            for piece in stream.split(_PIECE):  # a protein of 35,000 residues would need gigabytes at once
+            for piece in stream.split(_PIECE.get(self.device.type, 4096)):  # bounds the memory of giant proteins
                 self._feed_forward(piece, block)
         stream = stream[:n_tokens]
         return self._norm(stream, self.final_norm, torch.float32) if layer == self.n_layers else stream

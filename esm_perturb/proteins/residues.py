@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_residues', 'write_residues']
 
-# %% ../../nbs/proteins/35_residues.ipynb #f34bc0f5
+# %% ../../nbs/proteins/35_residues.ipynb #044bb768
 import json
 import struct
 from collections.abc import Iterator, Mapping
