@@ -1,6 +1,8 @@
 """Embedding proteins: parity with fair-esm, every policy, and runs that are killed, damaged, shared or out of room."""
 
+import copy
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,10 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from esm_perturb.core.config import InputError, MissingFileError
-from esm_perturb.core.files import write_json, write_yaml
+from esm_perturb.core.files import sha256_text, write_json, write_yaml
 from esm_perturb.proteins import embed, embedding_run, fast_network
 from esm_perturb.proteins.embed import EmbedSettings, crops, embed_sequences, make_plan
 from esm_perturb.proteins.embedding_run import EmbeddingRun, embed_to_folder, load_run, read_shard, share
@@ -218,6 +221,29 @@ def test_an_absent_hub_is_not_waited_for(monkeypatch):
     assert loads == [True] and len(asked) == 1 and asked[0][1] <= 10
 
 
+def test_damaged_weights_and_an_empty_name_are_one_sentence(model, tmp_path):
+    folder = model.save(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(model.network.state_dict(), path)
+    assert ESM2.load(folder, device="cpu").parameters_sha256() == model.parameters_sha256()
+    whole = path.read_bytes()
+    torch.save(model.network.state_dict(), path, _use_new_zipfile_serialization=False)
+    legacy = path.read_bytes()
+    bad = [b"", b"x", b"hello world", b"\0" * 99, b"\x80\x02", b"G123", b"J12", whole[:-1], whole[: len(whole) // 2]]
+    bad += [legacy[:size] for size in range(0, 400, 7)] + [legacy[:40] + b"\xff" + legacy[41:], legacy[5:]]
+    for content in bad:
+        path.write_bytes(content)
+        (tmp_path / "esm2_bad.pt").write_bytes(content)
+        for source in (folder, tmp_path / "esm2_bad.pt"):
+            with pytest.raises(InputError) as caught:
+                ESM2.load(source, device="cpu")
+            assert str(source) in one_line(caught)
+    for empty in ("", " "):
+        with pytest.raises(InputError, match="name is empty"):
+            ESM2.load(empty)
+
+
 # ---- which proteins, in which batches
 
 
@@ -284,6 +310,55 @@ def test_progress_tells_speed_on_standard_error(model, capfd):
     embed_sequences(model, {"A": "MKTAYIAK"})
     output = capfd.readouterr()
     assert output.out == "" and "8.00/8.00" in output.err and "residues/s" in output.err
+
+
+@pytest.mark.parametrize(
+    ("genes", "said"),
+    [
+        ({"A": "MK", "": "MK"}, "row 2 is ''"),
+        ({"A\nB": "MK"}, "line break"),
+        ({"A": "MK", 7: "MK"}, "row 2 is 7"),
+        ({"A": b"MK"}, "Gene 'A': A protein sequence must be text, and this is bytes"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_computing(model, genes, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(PackedESM2, "__call__", lambda *_: pytest.fail("computed"))
+    for call in (embed_sequences, lambda *given, **how: embed_to_folder(*given, tmp_path / "run", **how)):
+        with pytest.raises(InputError, match=said) as caught:
+            call(model, genes, progress=False)
+        one_line(caught)
+    with pytest.raises(InputError, match=said):
+        list(embed_residues(model, genes, progress=False))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer": 1.5}, "layer=1.5 must be a whole number."),
+        ({"layer": True}, "layer=True must be a whole number."),
+        ({"max_residues": "10"}, "max_residues='10' must be a whole number."),
+        ({"max_residues": 0}, "max_residues=0 must be at least 1."),
+        ({"overlap": None, "long": "window"}, "overlap=None must be a whole number."),
+        ({"batch_tokens": -1}, "batch_tokens=-1 must be at least 0."),
+        ({"packed": "no"}, "packed='no' must be true or false."),
+        ({"pooling": None}, "pooling=None must be text."),
+    ],
+)
+def test_an_option_of_another_kind_is_named(options, said):
+    with pytest.raises(InputError) as caught:
+        EmbedSettings(**options)
+    assert one_line(caught) == said
+
+
+def test_the_record_says_how_the_weights_were_stored(model, proteins, tmp_path):
+    model.save(tmp_path / "m")
+    for dtype in ("float32", "bfloat16"):
+        loaded = ESM2.load(tmp_path / "m", device="cpu", dtype=dtype)
+        record = embed_sequences(loaded, proteins, progress=False).record
+        assert (record["weights_dtype"], record["dtype"]) == (dtype, "float32")
+    shape = {"num_hidden_layers": N_LAYERS, "hidden_size": DIM, "num_attention_heads": HEADS}
+    assert record["architecture"] == shape | {"intermediate_size": 4 * DIM, "layer_norm_eps": 1e-5}
 
 
 # ---- long proteins
@@ -354,6 +429,10 @@ def test_residue_file_equals_the_states(model, fair, proteins, tmp_path):
     genes = proteins | {"COPY": proteins["G1"]}
     path = write_residues(tmp_path / "r.safetensors", model, genes, progress=False)
     states = load_file(path)
+    with safe_open(write_residues(path, model, genes, isoforms="longest", progress=False), "np") as file:
+        made = file.metadata()
+    hashes = json.loads(made["sequence_sha256"])
+    assert made["isoforms"] == "longest" and hashes == {name: sha256_text(text) for name, text in genes.items()}
     assert set(states) == set(genes) and [path.name for path in tmp_path.iterdir()] == ["r.safetensors"]
     for name, protein in genes.items():
         _, _, tokens = fair.alphabet.get_batch_converter()([(name, protein)])
@@ -538,10 +617,14 @@ def test_whatever_changes_is_computed_again(model, proteins, tmp_path):
     turned.load_state_dict(model.state_dict())
     turned.network.esm.rotary_embeddings.inv_freq *= 1.01
     fair = ESM2(model.network, name="m", backend="fair-esm")
+    coarse = ESM2(copy.deepcopy(model.network), name="m").eval()  # equal weights, another number in config.json
+    coarse.config.layer_norm_eps = 0.1
+    assert coarse.parameters_sha256() == model.parameters_sha256()
     changes = [
         (model, proteins, EmbedSettings()),
         (other, proteins, EmbedSettings()),
         (turned, proteins, EmbedSettings()),
+        (coarse, proteins, EmbedSettings()),
         (fair, proteins, EmbedSettings()),
         (model, proteins, EmbedSettings(layer=1)),
         (model, proteins, EmbedSettings(pooling="bos")),
@@ -553,6 +636,7 @@ def test_whatever_changes_is_computed_again(model, proteins, tmp_path):
     ]
     seen = set()
     for index, (network, genes, settings_) in enumerate(changes):
+        embed_to_folder(model, proteins, tmp_path / "used", progress=False)  # a run removes the shards of others
         again = embed_to_folder(network, genes, tmp_path / "used", settings_, progress=False)
         fresh = embed_to_folder(network, genes, tmp_path / f"fresh{index}", settings_, progress=False)
         assert contents(tmp_path / "used") == contents(tmp_path / f"fresh{index}")
@@ -617,6 +701,79 @@ def test_an_unfinished_or_torn_folder_is_refused(finished, tmp_path):
         with pytest.raises(InputError) as caught:
             load_run(tmp_path)
         assert str(tmp_path) in one_line(caught)
+
+
+def test_vectors_that_are_not_the_records_are_refused(finished, tmp_path):
+    for name in ("vectors.npy", "record.json", "provenance.json"):
+        (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
+    np.save(tmp_path / "vectors.npy", np.load(tmp_path / "vectors.npy")[::-1].copy())
+    with pytest.raises(InputError, match="vectors.npy' is not what record.json describes") as caught:
+        load_run(tmp_path)
+    assert str(tmp_path) in one_line(caught)
+
+
+def test_a_folder_is_for_one_run_at_a_time(finished, many, tmp_path):
+    """Threads, processes and launched runs: the second gets one sentence, and the first is not disturbed."""
+    config, folder = write_config(tmp_path, finished[0], many), tmp_path / "run"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for n_processes in (1, 2):
+            with pytest.raises(InputError, match="Another run is writing to .* choose another output_dir") as caught:
+                embed_to_folder(finished[0], many, folder, n_processes=n_processes, progress=False)
+            assert str(folder) in one_line(caught)
+        process = start(config)
+        message = process.communicate()[1].strip().splitlines()[-1]
+        assert process.returncode == 2 and "input error: Another run is writing to" in message
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    embed_to_folder(finished[0], many, folder, shard_residues=1000, progress=False)  # a lock file that nobody holds
+    assert contents(folder) == contents(finished[1])
+
+
+def test_a_killed_run_leaves_no_lock_and_no_workers(finished, many, tmp_path):
+    """Two processes are started by one that is killed: they stop at the next shard, and a new run can begin."""
+    if not Path("/proc/self/cmdline").is_file():
+        pytest.skip("processes are found in /proc")
+    code = (
+        "import json, sys\n"
+        "from esm_perturb.proteins.embedding_run import embed_to_folder\n"
+        "genes = json.load(open(sys.argv[2]))\n"
+        "embed_to_folder(sys.argv[1], genes, sys.argv[3], n_processes=2, shard_residues=1, progress=False)\n"
+    )
+    lengths = np.random.default_rng(6).integers(300, 500, size=4000)
+    genes = {f"G{index}": random_protein(length, index) for index, length in enumerate(lengths)}
+    write_json(tmp_path / "genes.json", genes)
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(finished[0]), str(tmp_path / "genes.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def workers() -> list[int]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                found += [int(path.parent.name)] * (str(folder / "run.yaml").encode() in path.read_bytes())
+            except OSError:  # it ended while we looked
+                continue
+        return found
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 180
+        while len(list(folder.glob("shards/[0-9a-f]*"))) < 4 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert len(workers()) == 3  # torch's launcher and two of ours
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 60
+    while (left := workers()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left and len(list(folder.glob("shards/[0-9a-f]*"))) < len(genes)
+    few = dict(list(genes.items())[:3])
+    assert len(embed_to_folder(finished[0], few, folder, shard_residues=1, progress=False).names) == 3
 
 
 def test_memory_stays_flat(tmp_path):

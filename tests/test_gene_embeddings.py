@@ -145,7 +145,7 @@ def test_names_from_numpy_and_pandas_are_plain_text_in_the_file(tmp_path):
 
 
 def test_parquet_of_a_data_frame_is_read(tmp_path):
-    frame = pd.DataFrame(np.arange(6, dtype=np.float32).reshape(2, 3), index=["A", "B"], columns=["x", "y", "z"])
+    frame = pd.DataFrame(np.arange(6, dtype=np.float32).reshape(2, 3), index=["A", "B"], columns=["e0", "e1", "e2"])
     frame.to_parquet(tmp_path / "index.parquet")
     frame.rename_axis("gene").reset_index().to_parquet(tmp_path / "column.parquet")
     pd.DataFrame({"gene": ["A", "B"], "v": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]}).to_parquet(tmp_path / "list.parquet")
@@ -153,6 +153,37 @@ def test_parquet_of_a_data_frame_is_read(tmp_path):
         read = GeneEmbeddings.load(tmp_path / f"{name}.parquet")
         assert read.names == ["A", "B"] and read.vectors.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert "float64" in read.record["notes"][0]
+
+
+@pytest.mark.parametrize("pattern", ["{}", "esm2_{}", "PC{:02d}", "from 1: {}"])
+def test_wide_parquet_takes_its_order_from_the_numbers(tmp_path, pattern):
+    first = 1 if "from 1" in pattern else 0
+    vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    columns = {pattern.format(number + first): vectors[:, number] for number in range(32)}
+    frame = pd.DataFrame({"gene": list("ABCDE")} | {name: columns[name] for name in sorted(columns)})
+    frame.to_parquet(tmp_path / "wide.parquet")
+    assert same_bits(read_table(tmp_path / "wide.parquet").vectors, vectors)
+    frame[1:3].to_parquet(tmp_path / "rows.parquet")  # pandas keeps the numbers of these rows
+    assert same_bits(read_table(tmp_path / "rows.parquet").vectors, vectors[1:3])
+
+
+def test_wide_parquet_with_a_column_that_is_no_dimension_is_refused(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    right = pd.DataFrame(vectors, columns=[str(number) for number in range(32)]).assign(gene=["A", "B", "C"])
+    whole = {"7": np.array([1, 2, 3])}
+    for change, said in [
+        (right.assign(length=[1.0, 2.0, 3.0]), r"\(length\)"),
+        (right.assign(n_cells=[1, 2, 3], score=[0.5] * 3), r"\(n_cells, score\)"),
+        (right.assign(**whole), r"\(7\)"),
+        (right.drop(columns="7"), "no column 7"),
+        (right.rename(columns={"7": "dim7"}), r"\(dim7\)"),
+        (right.rename(columns={"7": "07", "6": "7"}), "no dimension|no column 6"),
+        (right[["gene", "3"]].rename(columns={"3": "x"}), r"\(x\)"),
+    ]:
+        change.to_parquet(tmp_path / "odd.parquet")
+        with pytest.raises(InputError, match=said) as caught:
+            GeneEmbeddings.load(tmp_path / "odd.parquet")
+        assert "odd.parquet" in one_line(caught)
 
 
 def test_one_vector_per_gene_is_read_from_npz_and_safetensors(tmp_path):
@@ -270,6 +301,48 @@ def test_pickles_are_refused_unread_and_told_how_to_convert(tmp_path):
     with pytest.raises(InputError, match="Python objects.*np.savez"):
         GeneEmbeddings.load(tmp_path / "objects.npz")
     assert not flag.exists()
+
+
+def test_a_plain_pickle_named_pt_is_called_one_and_the_advice_works(tmp_path, monkeypatch):
+    import numpy
+
+    monkeypatch.chdir(tmp_path)
+    for content in (
+        {"A": np.ones(2, np.float32)},
+        {"A": [1.0, 1.0]},
+        {"A": torch.ones(2)},
+        {"A": np.array([1, 1], "O")},
+    ):
+        for protocol in (2, 4, 5):
+            Path("FILE.pt").write_bytes(pickle.dumps(content, protocol=protocol))
+            with pytest.raises(InputError, match="'FILE.pt' was written with pickle, not torch.save") as caught:
+                GeneEmbeddings.load("FILE.pt")
+            advice = one_line(caught).split("rewrite it with ")[1].removesuffix(".")
+            exec(advice, {"torch": torch, "numpy": numpy, "pickle": pickle, "FILE": "FILE.pt", "NEW_FILE": "NEW.pt"})
+            assert GeneEmbeddings.load("NEW.pt").vectors.tolist() == [[1, 1]]
+    torch.save({"A": torch.ones(2)}, "old.pt", _use_new_zipfile_serialization=False)
+    Path("old.pt").write_bytes(Path("old.pt").read_bytes()[:-5] + b".")
+    with pytest.raises(InputError, match="damaged or not a PyTorch file"):
+        GeneEmbeddings.load("old.pt")
+
+
+def test_genes_on_one_row_of_a_map_are_noted(tmp_path):
+    path = write_table(tmp_path / "t.pt", ["A", "B"], np.eye(2), {"notes": ["x"]}, tmp_path / "rows.json")
+    assert read_table(path, tmp_path / "rows.json").record == {"notes": ["x"]}
+    (tmp_path / "t.pt.json").unlink()
+    (tmp_path / "rows.json").write_text('{"A": 0, "B": 1, "C": 0}')
+    read = GeneEmbeddings.load(path, tmp_path / "rows.json")
+    assert read.vectors.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert read.record["notes"] == ["2 genes of the map share a row of 't.pt' with another gene"]
+    again = GeneEmbeddings.load(read.save(tmp_path / "again.npz"))
+    assert again.record["notes"] == read.record["notes"]
+
+
+def test_notes_of_the_record_stay_when_a_file_adds_its_own(tmp_path):
+    write_table(tmp_path / "t.pt", ["A"], np.ones((1, 2)), {"notes": ["made by hand"]})
+    torch.save({"A": torch.ones(2, dtype=torch.float64)}, tmp_path / "t.pt")
+    notes = read_table(tmp_path / "t.pt").record["notes"]
+    assert notes[0] == "made by hand" and "float64" in notes[1] and len(notes) == 2
 
 
 def test_the_advice_on_pickles_works(tmp_path, monkeypatch):
@@ -676,6 +749,16 @@ def test_lookup_by_symbol_alias_and_id(tmp_path, opened):
     assert table.lookup(["HN1L"], policy="drop").report.missing == ["HN1L"]
 
 
+def test_the_mean_of_an_opened_table_with_nan_is_refused(tmp_path):
+    vectors = np.ones((5000, 3), np.float32)
+    vectors[4500, 1] = np.nan
+    names = [f"GENE{row}" for row in range(5000)]
+    opened = GeneEmbeddings.open(write_table(tmp_path / "genes.safetensors", names, vectors, {}))
+    assert opened.lookup(["GENE1", "XYZ"], policy="zero").vectors.sum() == 3
+    with pytest.raises(InputError, match="genes.safetensors'.*'GENE4500' holds NaN"):
+        opened.lookup(["GENE1", "XYZ"], policy="mean")
+
+
 def test_zero_and_mean_say_each_gene_once(caplog):
     table = example(3, 2)
     with caplog.at_level(logging.WARNING):
@@ -949,8 +1032,54 @@ def test_check_of_equal_rows():
     cut = {"truncated": names[10:18]}  # proteins that are equal up to where the model stopped reading
     assert statuses(GeneEmbeddings(names, vectors, cut), proteins)["equal rows"] == "ok"
     _, apart = proteins_and_vectors(100, 4)
-    report = GeneEmbeddings(names, apart).check(proteins)
-    assert "Equal proteins have different vectors" in report.summary()
+    lists = {name: [protein] for name, protein in proteins.items()}
+    for report in (
+        GeneEmbeddings(names, apart).check(lists),
+        GeneEmbeddings(names, apart, {"sequence_sha256": hashes}).check(proteins),
+    ):
+        assert "Equal proteins have different vectors" in report.summary()
+    assert GeneEmbeddings(names, apart).check(proteins).warnings == ["dimension", "record", "equal rows"]
+
+
+def isoform_means(proteins: dict[str, list[str]], dim: int = 48) -> np.ndarray:
+    """The mean vector over each gene's proteins, of which composition explains most."""
+    rng = np.random.default_rng(0)
+    weights, vector_of = rng.normal(size=(20, dim)), {}
+    for protein in (protein for several in proteins.values() for protein in several):
+        counts = np.array([protein.count(letter) for letter in AMINO_ACIDS]) / len(protein)
+        vector_of.setdefault(protein, 5 + 3 * counts @ weights + 0.05 * rng.normal(size=dim))
+    return np.array([np.mean([vector_of[protein] for protein in several], axis=0) for several in proteins.values()])
+
+
+def test_check_of_a_mean_over_isoforms():
+    """Two genes share one isoform and differ in others; a third has an isoform twice."""
+    single, _ = proteins_and_vectors(100, 7)
+    proteins = {name: [protein] for name, protein in single.items()}
+    proteins["GENE1"] = [*proteins["GENE0"], single["GENE1"]]
+    proteins["GENE2"] = [single["GENE3"], single["GENE3"].lower() + "*"]
+    first = {name: several[0] for name, several in proteins.items()}
+    vectors = isoform_means({name: [p.upper().rstrip("*") for p in several] for name, several in proteins.items()})
+    foreign = GeneEmbeddings(list(proteins), vectors, {"model": "m", "dim": 48})
+    hashes = {name: [f"hash of {p.upper().rstrip('*')}" for p in several] for name, several in proteins.items()}
+    hashes |= {name: several[0] for name, several in hashes.items() if len(several) == 1}
+    recorded = GeneEmbeddings(list(proteins), vectors, {"model": "m", "dim": 48, "sequence_sha256": hashes})
+    for table, given_proteins in [(recorded, first), (recorded, proteins), (recorded, None), (foreign, proteins)]:
+        report = table.check(given_proteins)
+        assert not report.failed and not report.warnings, report.summary()
+    assert foreign.check(first).failed == [] and foreign.check(first).warnings == ["equal rows"]
+    order = np.random.default_rng(0).permutation(100)
+    permuted = GeneEmbeddings(list(proteins), vectors[order], {"model": "m", "dim": 48})
+    assert permuted.check(proteins).failed == ["equal rows", "vectors follow proteins"]
+
+
+def test_check_of_proteins_that_differ_behind_the_cut():
+    single, vectors = proteins_and_vectors(100, 8)
+    tail, names = "M" * 1021, list(single)
+    single["GENE1"], single["GENE2"] = tail + single["GENE1"], tail + single["GENE2"]
+    vectors[2] = vectors[1]
+    assert statuses(GeneEmbeddings(names, vectors), single)["equal rows"] == "ok"
+    single["GENE2"] = "W" + single["GENE2"]
+    assert statuses(GeneEmbeddings(names, vectors), single)["equal rows"] == "failed"
 
 
 def test_check_of_names():

@@ -17,7 +17,7 @@ from esm_perturb.proteins.sequences import AMINO_ACIDS
 MODEL = Path(__file__).parents[1] / "data" / "mini_esm2"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "proteins"
 CARD = (MODEL / "README.md").read_text(encoding="utf-8")
-REPORT = json.loads((MODEL / "report.json").read_text(encoding="utf-8"))
+REPORT = json.loads((MODEL / "report.json").read_text(encoding="utf-8"))  # travels with the weights
 CROP = 256
 
 

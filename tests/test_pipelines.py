@@ -1,16 +1,24 @@
 """Pipelines from the outside: bare papermill, the command line and Jupyter; bad input and failures."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import anndata
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
 import torch
+from conftest import ENVIRONMENT
+from safetensors.torch import load_file
 
 from esm_perturb.core.config import InputError
 from esm_perturb.core.files import project_root, read_yaml
@@ -142,6 +150,10 @@ BAD = {
         "control label 'non-targeting' .* data.kwargs.control_pert",
     ),
     "missing FASTA": (["embed", "--fasta", "no.fasta"], "'no.fasta' does not exist"),
+    "unknown species": ([*TRAIN, "embeddings.current=mous"], "'mous' (did you mean 'mouse'?)"),
+    "unknown table format": (["embed", "--formats", "pickle"], "formats='pickle' must name pt"),
+    "no process": (["embed", "--n_processes", "0"], "n_processes=0 must be at least 1"),
+    "residues of several isoforms": (["embed", "--residues", "--isoforms", "all_mean"], "choose isoforms=canonical"),
     "empty FASTA": (["embed", "--fasta", "{broken}/empty.fasta"], "empty.fasta' is empty"),
     "not a model": (["embed", "--fasta", "{tiny}/proteins.fasta", "--model", "{broken}/empty_model"], "empty_model"),
     "prediction without a run": (["predict", "--run_dir", "{tiny}"], "folder of a finished training run"),
@@ -356,3 +368,68 @@ def test_the_verdict_names_every_baseline_with_an_interval(tiny, evaluated):
     for row in verdict:
         assert row["low"] <= row["mean_difference"] <= row["high"] and row["n"] == len(held_out)
         assert 0 <= row["wins"] <= row["n"] and row["outcome"]
+
+
+# ---- embedding runs
+
+
+@pytest.fixture(scope="module")
+def isoforms(tmp_path_factory) -> Path:
+    """Two genes, one of them with a canonical and a longer alternative protein."""
+    path = tmp_path_factory.mktemp("isoforms") / "iso.fasta"
+    letters = np.random.default_rng(0).choice(list("ACDEFGHIKLMNPQRSTVWY"), 700)
+    records = {
+        "sp|P00001|GA_HUMAN GN=GA": "".join(letters[:90]),
+        "sp|P00001-2|GA_HUMAN GN=GA": "".join(letters[:150]),
+        "sp|P00002|GB_HUMAN GN=GB": "".join(letters[150:]),
+    }
+    path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in records.items()))
+    return path
+
+
+def test_states_of_residues_follow_the_settings_of_the_table(shell, isoforms, tmp_path):
+    words = ("--isoforms", "canonical", "--max_residues", "200", "--long", "window", "--residues", "--formats", "npz")
+    done = shell("esm-perturb", "embed", "--fasta", isoforms, *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    states = load_file(tmp_path / "run" / "residues.safetensors")
+    assert {gene: len(values) for gene, values in states.items()} == {"GA": 90, "GB": 550}
+    table = GeneEmbeddings.load(tmp_path / "run" / "genes.npz")
+    for gene, values in states.items():
+        np.testing.assert_allclose(values.numpy().mean(axis=0), table.lookup([gene]).vectors[0], atol=1e-5)
+    assert (table.record["species"], table.record["isoforms"]) == ("human", "canonical")
+
+
+def test_tables_of_an_earlier_run_do_not_stay(shell, isoforms, tmp_path):
+    run = ("embed", "--fasta", isoforms, "--output_dir", tmp_path / "run")
+    assert shell("esm-perturb", *run, cwd=tmp_path).returncode == 0
+    first = GeneEmbeddings.load(tmp_path / "run" / "genes.pt").vectors
+    refused = shell("esm-perturb", *run, "--genes", "GA,NOPE", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "NOPE" not in (tmp_path / "run" / "coverage.csv").read_text()
+    done = shell("esm-perturb", *run, "--isoforms", "canonical", "--formats", "safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "genes.pt").exists()
+    assert not np.array_equal(GeneEmbeddings.load(tmp_path / "run" / "genes.safetensors").vectors[0], first[0])
+
+
+def test_a_killed_embedding_pipeline_goes_on_to_the_same_table(shell, isoforms, tmp_path):
+    command = [str(Path(sys.executable).parent / "esm-perturb"), "embed", "--fasta", str(isoforms), "--output_dir"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "killed")],
+        env={**os.environ, **ENVIRONMENT},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list((tmp_path / "killed").glob("shards/*")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for folder in ("killed", "whole"):
+        done = shell("esm-perturb", *command[1:], tmp_path / folder, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    names = ("vectors.npy", "record.json", "coverage.csv")
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    tables = [GeneEmbeddings.load(tmp_path / folder / "genes.pt") for folder in ("killed", "whole")]
+    assert tables[0].sha256() == tables[1].sha256()

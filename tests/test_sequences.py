@@ -15,7 +15,7 @@ from esm_perturb.core.config import InputError, MissingFileError
 from esm_perturb.core.files import project_root, sha256_file
 from esm_perturb.proteins import downloads
 from esm_perturb.proteins.downloads import SOURCES, Source, fetch
-from esm_perturb.proteins.fasta import fasta_records
+from esm_perturb.proteins.fasta import fasta_records, why_no_protein
 from esm_perturb.proteins.gene_names import (
     FOUND,
     MGI,
@@ -27,6 +27,7 @@ from esm_perturb.proteins.gene_names import (
     find_collisions,
     match_names,
 )
+from esm_perturb.proteins.isoforms import mark_canonical, read_canonical
 from esm_perturb.proteins.sequences import (
     POLICIES,
     RESIDUES,
@@ -100,7 +101,7 @@ RECORDS = st.dictionaries(
 
 
 def _readable(sequences) -> bool:
-    return all(sequence.strip("*") for sequence in sequences.values()) and not (
+    return not any(why_no_protein(sequence) for sequence in sequences.values()) and not (
         set("".join(sequences.values()).upper()) <= set("ACGTUN*-.")
     )
 
@@ -181,6 +182,11 @@ def test_damaged_fasta_files_are_refused(tmp_path):
         "page.html": (b"<!DOCTYPE html>\n<html>", "line 1 is not FASTA"),
         "dna.fasta": (b">A\n" + b"ACGTTGCA" * 10, "nucleotides"),
         "rna.fasta": (b">A\n" + b"acguugca" * 10, "nucleotides"),
+        "mixed.fasta": (b">P\nMKT\n>D\n" + b"ACGTTGCA" * 10 + b"\n>Q\nMS\n", "line 3: 'D' is nucleotides"),
+        "iupac.fasta": (b">P\nMKT\n>D\n" + b"ACGTTGCARY" * 4 + b"ACGTTGCAAC" * 6, "line 3: 'D' is nucleotides"),
+        "primers.fasta": (b"".join(b">D%d\nACGTTGCAACGTTGCAACGT\n" % i for i in range(5)), "holds nucleotides"),
+        "gaps.fasta": (b">P\nMKT\n>G\n---.\n-*\n", "line 3: 'G' has no residue, only gaps or X"),
+        "unknown.fasta": (b">P\nMKT\n>G\nXXxX*\n", "line 3: 'G' has no residue, only gaps or X"),
         "no_name.fasta": (b">A\nMK\n> \nMK\n", "line 3: the header has no name"),
         "no_sequence.fasta": (b">A\n>B\nMK\n", "line 1: 'A' has an empty sequence"),
         "stop_only.fasta": (b">A\nMK\n>B\n*\n", "line 3: 'B' has an empty sequence"),
@@ -194,6 +200,20 @@ def test_damaged_fasta_files_are_refused(tmp_path):
     for absent in (tmp_path / "absent.fasta", tmp_path):
         with pytest.raises(MissingFileError):
             read_fasta(absent)
+
+
+def test_proteins_of_few_letters_are_proteins(tmp_path):
+    proteins = {
+        "short": "ACGTACGTTGCA" * 4 + "ACGTACGTTGC",  # 59 letters
+        "silk": "GAGAGSGAGAGSGAGAGY" * 20,
+        "glycine": "GGYGGSGGYGGSRGGYGGGSSGSYGGGGS" * 4,
+        "cysteine": "CTSCTGACTGCGNCTNAVTCTNSTHCVKANTCTGSTDCNTA" * 3,
+        "one": "XXXXM---",
+    }
+    assert read_fasta(write_fasta(tmp_path / "a.fasta", proteins)) == proteins
+    for sequence in ("---", "XX", "ACGTACGTTGCA" * 5):
+        with pytest.raises(InputError, match="not one that a FASTA file can hold"):
+            write_fasta(tmp_path / "b.fasta", {"P": "MK", "Q": sequence})
 
 
 def test_gene_key_wants_a_gene_where_the_format_has_one(tmp_path):
@@ -310,6 +330,46 @@ def test_policies_choose_what_they_say(isoforms):
         assert {sequence.upper().rstrip("*")} == (
             stated if len(set(norm(written[gene]))) > 1 else {norm(written[gene])[0]}
         )
+
+
+MANE = (
+    "#NCBI_GeneID\tEnsembl_Gene\tsymbol\tEnsembl_nuc\tEnsembl_prot\tMANE_status\n"
+    "GeneID:1\tENSG00000000001.5\tA\tENST00000000012.4\tENSP00000000012.2\tMANE Select\n"
+    "GeneID:1\tENSG00000000001.5\tA\tENST00000000011.4\tENSP00000000011.2\tMANE Plus Clinical\n"
+    "GeneID:2\tENSG00000000002.5\tB\tENST00000000021.4\tENSP00000000021.2\tMANE Select\n"
+)
+ENSEMBL = "ENSG00000000001.5\tENST00000000012.9\tEnsembl Canonical\nENSG00000000002.5\tENST00000000021.1\tMANE Select\n"
+OWN = "gene\tprotein\nA\tENSP00000000012\nB\tENSP00000000021\n"
+
+
+@pytest.mark.parametrize("table", [MANE, ENSEMBL, OWN])
+@pytest.mark.parametrize("gencode", [False, True])
+def test_a_table_decides_about_canonical_isoforms(tmp_path, table, gencode):
+    form = (
+        ">ENSP000000000{0}.2|ENST000000000{0}.4|ENSG0000000000{1}.5|-|-|{2}-201|{2}|9\n{3}\n"
+        if gencode
+        else ">ENSP000000000{0}.2 pep gene:ENSG0000000000{1}.5 transcript:ENST000000000{0}.4 gene_symbol:{2}\n{3}\n"
+    )
+    proteins = [(11, 1, "A", "MKKK"), (12, 1, "A", "MK"), (21, 2, "B", "MS"), (22, 2, "B", "MSS"), (31, 3, "C", "MW")]
+    (tmp_path / "a").write_text("".join(form.format(*words) for words in proteins))
+    (tmp_path / "table").write_bytes(gzip.compress(table.encode()))
+    isoforms = read_isoforms(tmp_path / "a")
+    assert undecided_genes(isoforms) == ["A", "B"]
+    marked = mark_canonical(isoforms, read_canonical(tmp_path / "table"))
+    assert choose_isoforms(marked, "canonical") == {"A": ["MK"], "B": ["MS"], "C": ["MW"]}
+    assert choose_isoforms(marked, "longest") == choose_isoforms(isoforms, "longest")
+
+
+def test_a_table_of_canonical_isoforms_outranks_headers_and_must_fit(tmp_path):
+    isoforms = {"A": [Isoform("P1", "MK", canonical=True), Isoform("P1-2", "MKK", canonical=False)]}
+    assert choose_isoforms(mark_canonical(isoforms, {"P1-2"}), "canonical") == {"A": ["MKK"]}
+    assert choose_isoforms(mark_canonical(isoforms, {"A": "P1-2", "B": "P1"}), "canonical") == {"A": ["MKK"]}
+    for wrong in ({"P2"}, {"B": "P1"}, set()):
+        with pytest.raises(InputError, match="None of the"):
+            mark_canonical(isoforms, wrong)
+    (tmp_path / "t").write_text("A\tP1\nB\n")
+    with pytest.raises(InputError, match="line 2 names no protein"):
+        read_canonical(tmp_path / "t")
 
 
 def test_unknown_policy_is_refused():
@@ -546,6 +606,35 @@ def test_offline_names_the_address_and_takes_a_local_file(served, tmp_path):
     assert fetch("good", local_file=local, sha256=sha256_file(local)) == local == fetch("good", local_file=local)
     with pytest.raises(MissingFileError):
         fetch("good", local_file=tmp_path / "absent")
+
+
+def test_only_what_looks_like_the_proteome_is_trusted(tmp_path):
+    header = {
+        "human_uniprot": ">sp|P{0}|A_HUMAN Some protein OS=Homo sapiens OX=9606 GN=G{0} PE=1 SV=1",
+        "mouse_uniprot": ">tr|P{0}|A_MOUSE Some protein OS=Mus musculus OX=10090 GN=G{0} PE=1 SV=1",
+        "human_ensembl": ">ENSP{0:011d}.1 pep chromosome:GRCh38:1:1:2:1 gene:ENSG1.1 gene_symbol:G{0}",
+        "mouse_ensembl": ">ENSMUSP{0:011d}.1 pep chromosome:GRCm39:1:1:2:1 gene:ENSMUSG1.1 gene_symbol:G{0}",
+    }
+
+    def write(kind: str, n: int):
+        path = tmp_path / f"{kind}_{n}.fasta"
+        path.write_text("".join(f"{header[kind].format(i)}\nMKTAYIAK\n" for i in range(n)))
+        return path
+
+    for name in header:
+        for kind in header:
+            path = write(kind, 12_000)
+            if kind == name:
+                assert fetch(name, local_file=path) == path and path.with_name(f"{path.name}.sha256").is_file()
+                path.with_name(f"{path.name}.sha256").unlink()
+                continue
+            with pytest.raises(InputError, match="headers are of another kind, first line 1:") as caught:
+                fetch(name, local_file=path)
+            assert path.name in one_line(caught) and not path.with_name(f"{path.name}.sha256").exists()
+        few = write(name, 900)
+        with pytest.raises(InputError, match="it holds 900 proteins, and 10,000 or more were expected"):
+            fetch(name, local_file=few)
+        assert not few.with_name(f"{few.name}.sha256").exists()
 
 
 def test_sources_are_addresses_of_what_they_say():

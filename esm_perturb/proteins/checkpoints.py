@@ -6,12 +6,13 @@
 __all__ = ['ALPHABET', 'BOS', 'PAD', 'EOS', 'UNK', 'MASK', 'ESM2_SIZES', 'MINI_ESM2', 'ROTARY', 'ESM2Size', 'to_fair',
            'from_fair', 'build_network', 'cast_parameters', 'load_network', 'save_folder', 'save_fair_checkpoint']
 
-# %% ../../nbs/proteins/15_checkpoints.ipynb #4984a66a
+# %% ../../nbs/proteins/15_checkpoints.ipynb #61636dec
 import argparse
 import json
 import logging
 import pickle
 import re
+import struct
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -165,6 +166,19 @@ def cast_parameters(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 # %% ../../nbs/proteins/15_checkpoints.ipynb #read-fair-checkpoint
+_UNREADABLE = (  # what torch's unpickler raises for damaged bytes; OSError is treated apart
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+
+
 def _read_fair_checkpoint(path: Path) -> tuple[argparse.Namespace, dict[str, Tensor]]:
     """Settings and tensors of a fair-esm file; nothing but tensors, containers and `Namespace` is unpickled."""
     if not path.is_file():
@@ -176,7 +190,7 @@ def _read_fair_checkpoint(path: Path) -> tuple[argparse.Namespace, dict[str, Ten
         raise InputError(
             f"'{path}' is not a safe checkpoint (it would run code when read) or not a checkpoint."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (*_UNREADABLE, OSError) as error:
         raise InputError(f"'{path}' is damaged or not a PyTorch file; download it again.") from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
     cfg, state = content.get("cfg"), content.get("model")
@@ -236,7 +250,7 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype, *, local_files
         network, report = EsmForMaskedLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, local_files_only=local_files_only
         )
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (SafetensorError, *_UNREADABLE) as error:
         raise InputError(f"The weights of {where} do not fit its config.json or are damaged.") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -322,6 +336,8 @@ def load_network(
         Unknown name, no network, missing tensors, another vocabulary or architecture, an unsafe pickle.
     """
     text, path = str(name_or_path), Path(name_or_path)
+    if not text.strip():
+        raise InputError("The model's name is empty: give a published name, a folder or a fair-esm .pt file.")
     if path.is_dir():
         return path.resolve().name, _load_folder(path, dtype)
     if path.suffix == ".pt":

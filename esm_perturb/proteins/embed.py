@@ -6,10 +6,10 @@
 __all__ = ['EmbedSettings', 'Crop', 'crops', 'token_weights', 'coverage', 'Plan', 'make_plan', 'clean_proteins', 'open_network',
            'Batches', 'Embedder', 'progress_bar', 'Members', 'embed_sequences', 'make_record']
 
-# %% ../../nbs/proteins/32_embed.ipynb #a8c28444
+# %% ../../nbs/proteins/32_embed.ipynb #343f30cc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from .checkpoints import PAD
 from .embeddings import GeneEmbeddings
 from .esm2 import ESM2, MAX_RESIDUES, check_layer, token_batches
 from .fast_network import Packed, PackedESM2, pack
+from .name_table import check_names
 from .sequences import clean_sequence
 
 # %% ../../nbs/proteins/32_embed.ipynb #embedsettings
@@ -46,12 +47,13 @@ class EmbedSettings:
     packed: bool = False
 
     def __post_init__(self):
+        for option in fields(self):
+            _check_kind(option.name, getattr(self, option.name), type(option.default))
         for option, known in (("pooling", _POOLING), ("long", _LONG), ("compat", _COMPAT)):
             _check_choice(option, getattr(self, option), known)
-        if self.max_residues < 1 or self.batch_tokens < 0:
-            raise InputError(
-                f"max_residues={self.max_residues} must be at least 1, batch_tokens={self.batch_tokens} at least 0."
-            )
+        for option, least in (("max_residues", 1), ("batch_tokens", 0)):
+            if getattr(self, option) < least:
+                raise InputError(f"{option}={getattr(self, option)} must be at least {least}.")
         if self.long == "window" and not 0 <= self.overlap < self.max_residues:
             raise InputError(f"overlap={self.overlap} must lie between 0 and max_residues={self.max_residues}.")
         saturn = {"layer": -1, "pooling": "mean", "long": "truncate", "max_residues": MAX_RESIDUES}
@@ -64,7 +66,17 @@ class EmbedSettings:
         """Residues that one pass reads."""
         return _SATURN_RESIDUES if self.compat == "saturn" else self.max_residues
 
-# %% ../../nbs/proteins/32_embed.ipynb #check-choice
+# %% ../../nbs/proteins/32_embed.ipynb #check-kind
+_KINDS = {int: ("a whole number", (int, np.integer)), bool: ("true or false", bool), str: ("text", str)}
+
+
+def _check_kind(option: str, value: object, kind: type) -> None:
+    """Refuse a value of another type; True is no number."""
+    words, allowed = _KINDS[kind]
+    if not isinstance(value, allowed) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{option}={value!r} must be {words}.")
+
+
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
     """Refuse an unknown name; `residues` is pointed to its own function."""
     if value == "residues":
@@ -165,9 +177,10 @@ def clean_proteins(sequences: Mapping[str, str | Sequence[str]], settings: Embed
     """Clean proteins of every gene, none longer than the policy allows; InputError names the gene."""
     if not sequences:
         raise InputError("Nothing to embed: there are no sequences.")
+    check_names(list(sequences), "The sequences to embed")
     cleaned = {}
     for gene, given in sequences.items():
-        given = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
+        given = [given] if isinstance(given, str | bytes) or not isinstance(given, Sequence) else list(given)
         if not given:
             raise InputError(f"Gene '{gene}' has no protein.")
         try:
@@ -244,6 +257,9 @@ class Batches:
         self._within_memory(protein_crops, rows, compute)
 
 # %% ../../nbs/proteins/32_embed.ipynb #embedder
+_ARCHITECTURE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps")
+
+
 class Embedder:
     """Vectors of proteins, shard by shard."""
 
@@ -255,6 +271,11 @@ class Embedder:
     def weights_sha256(self) -> str:
         """Hash of the model's weights."""
         return self.model.parameters_sha256()
+
+    @property
+    def architecture(self) -> dict[str, int | float]:
+        """What the numbers depend on beside weights and settings."""
+        return {name: getattr(self.model.config, name) for name in _ARCHITECTURE}
 
     def __call__(self, proteins: Sequence[str], bar: tqdm) -> np.ndarray:
         """Vectors (n_proteins, dim), float32, of clean proteins; `bar` counts their residues."""
@@ -370,6 +391,8 @@ def make_record(embedder: Embedder, cleaned: Mapping[str, list[str]], plan: Plan
     return {
         "model": model.name,
         "model_parameters_sha256": embedder.weights_sha256,
+        "architecture": embedder.architecture,
+        "weights_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "backend": model.backend,
         "dtype": settings.precision,
         "arithmetic": network.arithmetic,

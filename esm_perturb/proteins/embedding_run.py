@@ -6,8 +6,9 @@
 __all__ = ['shard_keys', 'write_shard', 'read_shard', 'shard_costs', 'share', 'EmbeddingRun', 'load_run', 'EmbeddingRunConfig',
            'embed_to_folder', 'run_config', 'main']
 
-# %% ../../nbs/proteins/33_embedding_run.ipynb #81f16af0
+# %% ../../nbs/proteins/33_embedding_run.ipynb #1a4b9fcb
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def shard_keys(embedder: Embedder, plan: Plan) -> list[str]:
         "format": _FORMAT,
         "weights": embedder.weights_sha256,
         "rotary": hashlib.sha256(model.weights()[ROTARY].detach().float().cpu().numpy()).hexdigest(),
+        "architecture": embedder.architecture,
         "backend": model.backend,
         "settings": asdict(embedder.settings),
         "batch_tokens": embedder.batches.tokens,
@@ -117,6 +119,37 @@ def _writing_to(folder: Path) -> Iterator[None]:
             "finished shards are kept and used."
         ) from error
 
+# %% ../../nbs/proteins/33_embedding_run.ipynb #alone-in
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder."""
+    lock = folder / ".lock"
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # removed by a run that ended just now
+        except BlockingIOError:
+            taken = True
+        if taken:
+            raise InputError(f"Another run is writing to '{folder}': wait for it or choose another output_dir.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _check_launcher(process: int) -> None:
+    """Stop when the process that started this one, and holds the lock for it, is gone; 0 is none."""
+    try:
+        os.kill(process, 0)  # asks, sends nothing; 0 is this process's own group
+    except (ProcessLookupError, PermissionError) as error:
+        raise InputError(
+            f"The process {process} that started this run is gone: run it again, it goes on from the finished shards."
+        ) from error
+
 # %% ../../nbs/proteins/33_embedding_run.ipynb #shard-costs
 def shard_costs(plan: Plan, settings: EmbedSettings, n_layers: int, dim: int) -> list[int]:
     """Floating-point operations of each shard."""
@@ -147,10 +180,11 @@ class EmbeddingRun:
         settings: EmbedSettings,
         *,
         shard_residues: int = 100_000,
+        launcher: int = 0,
     ):
         if shard_residues < 1:
             raise InputError(f"shard_residues={shard_residues} must be at least 1.")
-        self.model, self.settings, self.folder = model, settings, Path(folder)
+        self.model, self.settings, self.folder, self.launcher = model, settings, Path(folder), launcher
         self.cleaned = clean_proteins(sequences, settings)
         self.plan = make_plan(self.cleaned, settings, shard_residues=shard_residues)
         self.embedder = Embedder(model, settings)
@@ -170,6 +204,7 @@ class EmbeddingRun:
         ranges = [self.plan.shards[shard] for shard in missing]
         with progress_bar(self.plan, ranges, self.settings, self.model.name, show=progress and bool(missing)) as bar:
             for shard, rows in zip(missing, ranges, strict=True):
+                _check_launcher(self.launcher)
                 vectors = self.embedder([self.plan.proteins[row] for row in rows], bar)
                 with _writing_to(self.folder):
                     write_shard(self.path(shard), self.keys[shard], vectors)
@@ -177,6 +212,7 @@ class EmbeddingRun:
     def wait(self, *, seconds: float = 0.2) -> None:
         """Return when all shards are there, whichever process writes them; the launcher ends us if one fails."""
         while not all(self.path(shard).is_file() for shard in range(len(self.keys))):
+            _check_launcher(self.launcher)
             time.sleep(seconds)
 
     def assemble(self) -> GeneEmbeddings:
@@ -244,6 +280,10 @@ def load_run(folder: str | Path) -> GeneEmbeddings:
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"The files of '{folder}' are damaged: run it again, finished shards are used.") from error
+    if record.get("vectors_sha256") != sha256_file(folder / "vectors.npy"):
+        raise InputError(
+            f"'{folder / 'vectors.npy'}' is not what record.json describes: run it again, finished shards are used."
+        )
     return GeneEmbeddings(names, vectors, record | {"provenance": made}, path=str(folder / "vectors.npy"))
 
 # %% ../../nbs/proteins/33_embedding_run.ipynb #embeddingrunconfig
@@ -294,29 +334,35 @@ def embed_to_folder(
     Raises
     ------
     InputError
-        As `embed_sequences`; or the disk is full.
+        As `embed_sequences`; or the disk is full, or another run is writing to the folder.
     """
     settings, folder = settings or EmbedSettings(), Path(folder)
+    if n_processes < 1:
+        raise InputError(f"n_processes={n_processes} must be at least 1.")
     if n_processes == 1:
         model = model if isinstance(model, ESM2) else ESM2.load(model)
         run = EmbeddingRun(model, sequences, folder, settings, shard_residues=shard_residues)
-        run.compute(range(len(run.keys)), progress=progress)
-        return run.assemble()
+        with _alone_in(folder):
+            run.compute(range(len(run.keys)), progress=progress)
+            return run.assemble()
     if isinstance(model, ESM2):
         raise InputError("Several processes each load the model: give its name, folder or .pt file.")
-    with _writing_to(folder):
-        write_json(folder / "sequences.json", clean_proteins(sequences, settings))
-        config = EmbeddingRunConfig(
-            model=str(model),
-            sequences=str(folder / "sequences.json"),
-            output_dir=str(folder),
-            shard_residues=shard_residues,
-            progress=progress,
-            settings=settings,
-        )
-        write_yaml(folder / "run.yaml", to_dict(config))
-    launch("esm_perturb.proteins.embedding_run", "--config", str(folder / "run.yaml"), n_processes=n_processes)
-    return load_run(folder)
+    cleaned = clean_proteins(sequences, settings)
+    config = EmbeddingRunConfig(
+        model=str(model),
+        sequences=str(folder / "sequences.json"),
+        output_dir=str(folder),
+        shard_residues=shard_residues,
+        progress=progress,
+        settings=settings,
+    )
+    with _alone_in(folder):
+        with _writing_to(folder):
+            write_json(folder / "sequences.json", cleaned)
+            write_yaml(folder / "run.yaml", to_dict(config))
+        arguments = ("--config", str(folder / "run.yaml"), "--launcher", str(os.getpid()))
+        launch("esm_perturb.proteins.embedding_run", *arguments, n_processes=n_processes)
+        return load_run(folder)
 
 # %% ../../nbs/proteins/33_embedding_run.ipynb #read-sequences
 def _read_sequences(path: Path) -> Mapping[str, str | Sequence[str]]:
@@ -334,8 +380,11 @@ def _read_sequences(path: Path) -> Mapping[str, str | Sequence[str]]:
     return sequences
 
 
-def run_config(config: EmbeddingRunConfig) -> GeneEmbeddings | None:
-    """This process's share of a run; the embeddings on rank 0, None on others."""
+def run_config(config: EmbeddingRunConfig, *, launcher: int = 0) -> GeneEmbeddings | None:
+    """This process's share of a run; the embeddings on rank 0, None on others.
+
+    `launcher` is the process that locked the folder; 0 when rank 0 has to.
+    """
     if not config.model or not config.sequences or not config.output_dir:
         raise InputError("An embedding run needs model, sequences and output_dir.")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -344,20 +393,24 @@ def run_config(config: EmbeddingRunConfig) -> GeneEmbeddings | None:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     model = ESM2.load(config.model, backend=config.backend, device=device)
     sequences = _read_sequences(Path(config.sequences))
-    run = EmbeddingRun(model, sequences, config.output_dir, config.settings, shard_residues=config.shard_residues)
-    run.compute(run.shards_of(rank, world), progress=config.progress and rank == 0)
-    if rank > 0:
-        return None
-    run.wait()
-    return run.assemble()
+    residues = config.shard_residues
+    run = EmbeddingRun(model, sequences, config.output_dir, config.settings, shard_residues=residues, launcher=launcher)
+    with nullcontext() if rank > 0 or launcher else _alone_in(run.folder):
+        run.compute(run.shards_of(rank, world), progress=config.progress and rank == 0)
+        if rank > 0:
+            return None
+        run.wait()
+        return run.assemble()
 
 # %% ../../nbs/proteins/33_embedding_run.ipynb #main
 def main(arguments: Sequence[str] | None = None) -> None:
     """Embed by a YAML file of `EmbeddingRunConfig` settings; exit code 2 for bad input."""
     parser = argparse.ArgumentParser(description="Embed proteins into a folder, resumably.")
     parser.add_argument("--config", required=True, help="YAML of EmbeddingRunConfig settings")
+    parser.add_argument("--launcher", type=int, default=0, help="process that holds the folder's lock for this run")
+    chosen = parser.parse_args(arguments)
     try:
-        run_config(from_dict(EmbeddingRunConfig, read_yaml(parser.parse_args(arguments).config)))
+        run_config(from_dict(EmbeddingRunConfig, read_yaml(chosen.config)), launcher=chosen.launcher)
     except InputError as error:
         print(input_error_line(error), file=sys.stderr)
         raise SystemExit(2) from error

@@ -174,7 +174,11 @@ class GeneEmbeddings:
         return _as_recorded(cls(*read_varm(adata.var, adata.varm, adata.uns, key, "the AnnData")), "the AnnData")
 
     def check(
-        self, sequences: Mapping[str, str] | None = None, *, families: Mapping[str, str] | None = None, seed: int = 0
+        self,
+        sequences: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        families: Mapping[str, str] | None = None,
+        seed: int = 0,
     ) -> "CheckReport":
         """Look for the known mistakes (permuted names, constant rows, wrong dimension, …); see `table_checks`."""
         from esm_perturb.proteins.table_checks import check_embeddings
@@ -210,12 +214,15 @@ def _check_finite(names: Sequence[str], vectors: np.ndarray, where: str) -> None
         raise InputError(f"{where}: the vector of {names[int(np.argmin(finite))]!r} holds NaN or infinity.")
 
 # %% ../../nbs/proteins/30_embeddings.ipynb #mean-vector
-def _mean_vector(vectors: np.ndarray) -> np.ndarray:
-    """Mean over rows, float64, a slice of the file at a time."""
-    total = np.zeros(vectors.shape[1])
-    for start in range(0, len(vectors), 4096):
-        total += vectors[start : start + 4096].sum(axis=0, dtype=np.float64)
-    return total / len(vectors)
+def _mean_vector(embeddings: GeneEmbeddings) -> np.ndarray:
+    """Mean over rows, float64, a slice of the file at a time; InputError names a gene that has no finite vector."""
+    total = np.zeros(embeddings.dim)
+    for start in range(0, len(embeddings), 4096):
+        rows = slice(start, start + 4096)
+        total += embeddings.vectors[rows].sum(axis=0, dtype=np.float64)
+        if not np.isfinite(total).all():
+            _check_finite(embeddings.names[rows], embeddings.vectors[rows], _place(embeddings))
+    return total / len(embeddings)
 
 
 def _parse_record(text: str, path: str) -> dict:
@@ -285,7 +292,7 @@ def _lookup(embeddings: GeneEmbeddings, genes: list[str], policy: str, names: Ge
     vectors = np.zeros((len(genes), embeddings.dim), dtype=np.float32)
     vectors[found] = known
     if policy == "mean" and not found.all():
-        vectors[~found] = _mean_vector(embeddings.vectors)
+        vectors[~found] = _mean_vector(embeddings)
     for gene in report.missing:
         if (gene, policy) not in embeddings._reported:
             _LOGGER.warning("Gene %s not found in ESM embeddings, using %s vector", gene, policy)

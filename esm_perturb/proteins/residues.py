@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['embed_residues', 'write_residues']
 
-# %% ../../nbs/proteins/35_residues.ipynb #044bb768
+# %% ../../nbs/proteins/35_residues.ipynb #3b4c33b9
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.config import InputError
-from ..core.files import atomic_path, to_json
+from ..core.files import atomic_path, sha256_text, to_json
 from esm_perturb.proteins.embed import (
     Batches,
     EmbedSettings,
@@ -31,14 +31,15 @@ from esm_perturb.proteins.embed import (
 from .esm2 import ESM2
 
 # %% ../../nbs/proteins/35_residues.ipynb #residue-plan
-def _residue_plan(sequences: Mapping[str, str], settings: EmbedSettings) -> Plan:
-    """Shards of 20,000 residues at most: what is in memory at once."""
+def _residue_plan(sequences: Mapping[str, str], settings: EmbedSettings) -> tuple[dict[str, list[str]], Plan]:
+    """Clean proteins, and shards of 20,000 residues at most: what is in memory at once."""
     for gene, sequence in sequences.items():
-        if not isinstance(sequence, str):
+        if isinstance(sequence, Sequence) and not isinstance(sequence, str | bytes):
             raise InputError(f"Gene '{gene}' has {len(sequence)} proteins; states of residues need one: choose it.")
     if settings.pooling != "mean" or settings.compat:
         raise InputError("States of residues are not pooled: leave pooling and compat at their defaults.")
-    return make_plan(clean_proteins(sequences, settings), settings, shard_residues=20_000)
+    cleaned = clean_proteins(sequences, settings)
+    return cleaned, make_plan(cleaned, settings, shard_residues=20_000)
 
 
 def _states(batches: Batches, proteins: list[str], settings: EmbedSettings, bar: tqdm) -> list[np.ndarray]:
@@ -68,7 +69,7 @@ def embed_residues(
     `settings` are those of `embed_sequences` but for pooling, and errors are its errors.
     """
     settings = settings or EmbedSettings()
-    plan, batches = _residue_plan(sequences, settings), Batches(open_network(model, settings), settings)
+    (_, plan), batches = _residue_plan(sequences, settings), Batches(open_network(model, settings), settings)
     genes_of: dict[int, list[str]] = {}
     for gene, rows in plan.genes.items():
         genes_of.setdefault(rows[0], []).append(gene)
@@ -100,15 +101,22 @@ def write_residues(
     sequences: Mapping[str, str],
     settings: EmbedSettings | None = None,
     *,
+    isoforms: str = "",
     progress: bool = True,
 ) -> Path:
-    """Write the states of all residues as `.safetensors`: gene → float32 (residues read, dim), in the order given."""
+    """Write the states of all residues as `.safetensors`: gene → float32 (residues read, dim), in the order given.
+
+    The metadata hold the model's name and weights, the settings, `sequence_sha256` (as JSON: gene → hash of its clean
+    protein) and, where given, how isoforms were chosen.
+    """
     path, settings = Path(path), settings or EmbedSettings()
     if path.suffix != ".safetensors":
         raise InputError(f"'{path}' must end in .safetensors, the format of residue states.")
-    plan = _residue_plan(sequences, settings)
+    cleaned, plan = _residue_plan(sequences, settings)
     lengths = {gene: len(plan.proteins[rows[0]]) for gene, rows in plan.genes.items()}
     made = {"model": model.name, "weights": model.parameters_sha256(), "settings": to_json(vars(settings), indent=None)}
+    hashes = {gene: sha256_text(proteins[0]) for gene, proteins in cleaned.items()}
+    made |= {"sequence_sha256": to_json(hashes, indent=None)} | ({"isoforms": isoforms} if isoforms else {})
     head, places = _header(lengths, model.dim, made)
     states = embed_residues(model, sequences, settings, progress=progress)
     try:

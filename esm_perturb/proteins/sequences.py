@@ -6,7 +6,7 @@
 __all__ = ['AMINO_ACIDS', 'RESIDUES', 'POLICIES', 'Proteins', 'clean_sequence', 'residue_report', 'Isoform', 'read_isoforms',
            'undecided_genes', 'choose_isoforms', 'drop_stops', 'read_fasta', 'write_fasta', 'choose_sequences']
 
-# %% ../../nbs/proteins/10_sequences.ipynb #0b03d9d8
+# %% ../../nbs/proteins/10_sequences.ipynb #f5e803c6
 import gzip
 import logging
 import re
@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.config import InputError, nearest
 from ..core.files import atomic_path
-from .fasta import SEQUENCE_LINE, Header, fasta_records, read_header
+from .fasta import SEQUENCE_LINE, Header, fasta_records, read_header, why_no_protein
 from .gene_names import GeneNames, Match, match_names
 
 # %% ../../nbs/proteins/10_sequences.ipynb #check-choice
@@ -131,6 +131,7 @@ class Isoform(NamedTuple):
     sequence: str  # as written in the file
     gene_id: str | None = None  # Ensembl gene id as written
     canonical: bool | None = None  # whether the header calls it the gene's main protein; None: it does not tell
+    transcript: str | None = None  # Ensembl transcript id as written
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def read_isoforms(path: str | Path, *, key: str = "auto") -> dict[str, list[Isof
             raise InputError(f"'{path}' line {line}: '{header.id}' occurs before with a different sequence.")
         isoforms = genes.setdefault(name, [])
         if all(other.id != header.id or _same(other.sequence) != _same(sequence) for other in isoforms):
-            isoforms.append(Isoform(header.id, sequence, header.gene_id, header.canonical))
+            isoforms.append(Isoform(header.id, sequence, header.gene_id, header.canonical, header.transcript))
         if "OS=" in text:
             species.setdefault(name, set()).update(_SPECIES.findall(text))
     _warn_of_mixed_species(species, path)
@@ -256,7 +257,7 @@ def choose_isoforms(isoforms: Mapping[str, Sequence[Isoform]], policy: str) -> d
         shown = ", ".join(open_genes[:10]) + (" …" if len(open_genes) > 10 else "")
         raise InputError(
             f"The headers do not tell the canonical protein of {len(open_genes)} of {len(isoforms)} genes: {shown}; "
-            "choose isoforms=longest, or leave these genes out."
+            "choose isoforms=longest, leave these genes out, or mark the canonical ones with mark_canonical."
         )
     select = {
         "canonical": lambda several: [_canonical(several)],
@@ -337,7 +338,7 @@ def write_fasta(path: str | Path, sequences: Mapping[str, str], *, width: int = 
     if not sequences or width < 1:
         raise InputError(f"There is no sequence to write to '{path}', or width={width} is below 1.")
     for name, sequence in sequences.items():
-        if not sequence.strip("*") or SEQUENCE_LINE.fullmatch(sequence) is None:
+        if why_no_protein(sequence) or SEQUENCE_LINE.fullmatch(sequence) is None:
             raise InputError(f"'{path}': the sequence of {name!r} is not one that a FASTA file can hold.")
         read = _name(read_header(name), "auto") if name.strip() else None
         if read != name or name.startswith(">"):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ESM2_DIMENSIONS', 'Finding', 'CheckReport', 'check_embeddings']
 
-# %% ../../nbs/proteins/39_table_checks.ipynb #2546e6fc
+# %% ../../nbs/proteins/39_table_checks.ipynb #425b31d2
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,41 +164,64 @@ def _check_scale(scan: _Scan, typical: float) -> Finding:
         f"Vectors have lengths {length.min():.3g} to {length.max():.3g}, neither normalised nor standardised.",
     )
 
-# %% ../../nbs/proteins/39_table_checks.ipynb #protein-of
-def _protein_of(embeddings: GeneEmbeddings, sequences: Mapping[str, str | Sequence[str]] | None) -> dict[str, str]:
-    """Gene → something that is equal for equal proteins: the sequence given, or the hash in the record."""
-    known = sequences if sequences is not None else embeddings.record.get("sequence_sha256", {})
-    return {name: _joined(known[name]) for name in embeddings.names if name in known}
+# %% ../../nbs/proteins/39_table_checks.ipynb #proteins
+_READ_BY_ALL = 1021  # residues that every pipeline reads
 
 
-def _joined(proteins: str | Sequence[str]) -> str:
-    """One text for a gene with one protein or several."""
-    return proteins if isinstance(proteins, str) else "".join(proteins)
+class _Proteins(NamedTuple):
+    """Gene → what is equal for equal proteins, over all residues and up to where any pipeline reads."""
+
+    whole: dict[str, frozenset]
+    start: dict[str, frozenset]
+    certain: bool  # whether these are the proteins that were averaged
 
 
-def _check_duplicates(embeddings: GeneEmbeddings, scan: _Scan, proteins: Mapping[str, str]) -> Finding:
+def _protein_of(embeddings: GeneEmbeddings, sequences: Mapping[str, str | Sequence[str]] | None) -> _Proteins:
+    """What the record, or else the proteins given, say about which genes have equal proteins."""
+    recorded = embeddings.record.get("sequence_sha256", {})
+    known = recorded or sequences or {}
+    lists = {name: known[name] for name in embeddings.names if name in known}
+    whole = {name: _shares(proteins) for name, proteins in lists.items()}
+    if recorded:
+        return _Proteins(whole, whole, True)
+    several = any(not isinstance(proteins, str) for proteins in lists.values())
+    return _Proteins(whole, {name: _shares(lists[name], _READ_BY_ALL) for name in lists}, several)
+
+
+def _shares(proteins: str | Sequence[str], residues: int | None = None) -> frozenset:
+    """The distinct proteins of a gene, cut, and the share of each: equal where the unweighted means are."""
+    several = [proteins] if isinstance(proteins, str) else proteins
+    counts = Counter(protein.upper().rstrip("*")[:residues] for protein in several)
+    return frozenset((protein, Fraction(count, len(several))) for protein, count in counts.items())
+
+# %% ../../nbs/proteins/39_table_checks.ipynb #check-duplicates
+def _check_duplicates(embeddings: GeneEmbeddings, scan: _Scan, proteins: _Proteins) -> Finding:
     """Equal vectors of different proteins, and different vectors of equal proteins."""
     names, groups = embeddings.names, {}
     for row in np.flatnonzero(scan.finite & ~scan.zero):
         groups.setdefault(scan.digests[row], []).append(names[int(row)])
     groups = [group for group in groups.values() if len(group) > 1]
     cut = set(embeddings.record.get("truncated", []))  # these may differ only behind the cut
-    wrong = [g for g in groups if len({proteins[name] for name in g if name in proteins and name not in cut}) > 1]
+    start = proteins.start
+    wrong = [g for g in groups if len({start[name] for name in g if name in start and name not in cut}) > 1]
     listed = "; ".join(_listed(group, 3) for group in sorted(wrong or groups, key=len, reverse=True)[:3])
     share = sum(map(len, groups)) / len(names)
     if wrong:
         return Finding("equal rows", "failed", f"Different proteins have one vector, in {len(wrong)} cases: {listed}.")
-    if split := _split_proteins(embeddings, proteins):
-        return Finding("equal rows", "failed", f"Equal proteins have different vectors: {_listed(split, 3)}.")
+    if split := _split_proteins(embeddings, proteins.whole):
+        said = f"Equal proteins have different vectors: {_listed(split, 3)}"
+        if proteins.certain:
+            return Finding("equal rows", "failed", f"{said}.")
+        return Finding("equal rows", "warning", f"{said}; for a mean over isoforms, give all proteins of each gene.")
     if not groups:
         return Finding("equal rows", "ok", "No two genes have the same vector.")
-    explained = all(name in proteins for group in groups for name in group)
+    explained = all(name in start for group in groups for name in group)
     status = "ok" if explained or share <= 0.03 else "warning" if share <= 0.2 else "failed"
     why = "and the same protein" if explained else "as genes with one protein have"
     return Finding("equal rows", status, f"{share:.1%} of the genes share a vector with another, {why}: {listed}.")
 
 # %% ../../nbs/proteins/39_table_checks.ipynb #split-proteins
-def _split_proteins(embeddings: GeneEmbeddings, proteins: Mapping[str, str]) -> list[str]:
+def _split_proteins(embeddings: GeneEmbeddings, proteins: Mapping[str, frozenset]) -> list[str]:
     """Pairs of genes with one protein whose vectors differ by more than arithmetic does."""
     row_of, first, split = {name: row for row, name in enumerate(embeddings.names)}, {}, []
     for name, protein in proteins.items():
@@ -247,10 +271,8 @@ def _check_record(embeddings: GeneEmbeddings) -> list[Finding]:
     now = vector_hashes(embeddings.names, embeddings.vectors) if then else {}
     known = [name for name in now if name in then]
     if not known:
-        return [
-            *found,
-            Finding(check, "not checked", "The record holds no hashes of these vectors (saving adds them)."),
-        ]
+        said = "The record holds no hashes of these vectors (saving adds them)."
+        return [*found, Finding(check, "not checked", said)]
     changed = [name for name in known if now[name] != then[name]]
     if not changed:
         return [*found, Finding(check, "ok", f"{len(known)} vectors are those of the record.")]
@@ -312,7 +334,7 @@ def _check_sequences(
         return Finding(check, "not checked", "Give the proteins: check(sequences).")
     if n < _FEWEST:
         return Finding(check, "not checked", f"Needs {_FEWEST} genes with a protein, there are {n}.")
-    predicted = predict_from_composition([_joined(sequences[name]) for name in sample.names], sample.directions, rng)
+    predicted = predict_from_composition(["".join(sequences[name]) for name in sample.names], sample.directions, rng)
     match = predicted @ sample.directions.T
     z = permutation_z(match)
     if z < _LEAST_Z:
@@ -396,7 +418,8 @@ def check_embeddings(
     embeddings
         The table; an opened file is read through once, in slices.
     sequences
-        Gene → protein (or proteins), under the table's names; needed to see that names and vectors belong together.
+        Gene → protein, or all proteins that its vector is the mean of, under the table's names; needed to see that
+        names and vectors belong together.
     families
         Gene → family; by default taken from well-known symbols.
     seed

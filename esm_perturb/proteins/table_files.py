@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['PT_SUFFIXES', 'write_varm', 'read_varm', 'read_table', 'write_table']
 
-# %% ../../nbs/proteins/28_table_files.ipynb #07979e02
+# %% ../../nbs/proteins/28_table_files.ipynb #57851d3d
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -168,16 +170,42 @@ def _load_parquet(path: Path) -> TableContent:
             f"'{path}' must have one column of gene names and one of vectors (or one per dimension); it has "
             f"{len(text)} of text, {len(lists)} of lists and {len(numbers)} of numbers."
         )
-    columns = lists or numbers
+    columns = lists or _dimensions({name: kind for name, kind in kinds.items() if kind != "text"}, path)
     if any(table[name].null_count for name in (*text, *columns)):
         raise InputError(f"'{path}' has empty cells: every gene needs a name and a whole vector.")
-    values = _list_matrix(table[lists[0]], path) if lists else np.column_stack([table[name] for name in numbers])
+    values = _list_matrix(table[lists[0]], path) if lists else np.column_stack([table[name] for name in columns])
     vectors, dtype = as_float32(values, path)
     names = table[text[0]].to_pylist()
     stored = (table.schema.metadata or {}).get(b"esm_perturb")
     where = f"The record in '{path}'"
     record = {} if stored is None else checked_record(stored.decode("utf-8", "replace"), names, vectors, where)
     return TableContent(names, vectors, with_note(record, {dtype}, path))
+
+# %% ../../nbs/proteins/28_table_files.ipynb #dimensions
+_NUMBERED = re.compile(r"(.*?)([0-9]+)")
+
+
+def _dimensions(kinds: Mapping[str, str], path: Path) -> list[str]:
+    """The columns of a wide table in the order of their numbers, when all of them are dimensions."""
+    parts = {name: found.groups() for name in kinds if (found := _NUMBERED.fullmatch(name))}
+    prefix = next((start for start, _ in Counter(start for start, _ in parts.values()).most_common(1)), "")
+    column = {int(number): name for name, (start, number) in parts.items() if start == prefix}
+    others = [name for name in kinds.keys() - set(column.values()) if name != "__index_level_0__"]
+    odd = sorted(others) + [name for name in column.values() if kinds[name] != "number"]
+    first = 1 if 0 not in column else 0
+    gaps = [number for number in range(first, first + len(column)) if number not in column]
+    if odd or gaps:
+        said = f"columns that are no dimension ({_listed(odd)})" if odd else f"no column {prefix}{gaps[0]}"
+        raise InputError(
+            f"'{path}' has {said}: beside the names, it must hold float columns called 0, 1, … or by one prefix and a "
+            "running number."
+        )
+    return [column[number] for number in sorted(column)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Up to five names, and how many more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 # %% ../../nbs/proteins/28_table_files.ipynb #column-kind
 def _column_kind(kind) -> str:
