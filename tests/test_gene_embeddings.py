@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import signal
 import subprocess
@@ -324,6 +325,33 @@ def test_a_plain_pickle_named_pt_is_called_one_and_the_advice_works(tmp_path, mo
     Path("old.pt").write_bytes(Path("old.pt").read_bytes()[:-5] + b".")
     with pytest.raises(InputError, match="damaged or not a PyTorch file"):
         GeneEmbeddings.load("old.pt")
+
+
+def test_a_torch_file_that_could_run_code_is_called_that(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"A": Runs()}, tmp_path / "t.pt")
+    with pytest.raises(InputError, match="could run code when opened"):
+        GeneEmbeddings.load(tmp_path / "t.pt")
+
+
+def test_equal_tables_are_equal_files(tmp_path):
+    for name in ("a", "b"):
+        example().save(tmp_path / f"{name}.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+@pytest.mark.parametrize("pooling, status", [("mean", "failed"), ("bos", "not checked")])
+def test_first_tokens_are_not_held_against_composition(pooling, status):
+    """Right tables of BOS vectors often fail the checks that permuted tables of means fail."""
+    rng = np.random.default_rng(0)
+    proteins = {f"G{i}": "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 80)) for i in range(60)}
+    vectors = rng.normal(size=(60, 8)).astype(np.float32)
+    table = GeneEmbeddings(list(proteins), vectors, {"model": "example", "settings": {"pooling": pooling}})
+    found = table.check(proteins).to_frame().set_index("check")["status"]
+    assert found["vectors follow proteins"] == status
 
 
 def test_genes_on_one_row_of_a_map_are_noted(tmp_path):
