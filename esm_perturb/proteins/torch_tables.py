@@ -106,8 +106,8 @@ def checked_record(text: str, names: Sequence[str], vectors: np.ndarray, where: 
         raise InputError(f"{where} is not JSON: delete it to load the embeddings without it.") from error
     if not isinstance(record, dict) or record.pop("sha256", None) != table_sha256(names, vectors):
         raise InputError(
-            f"{where} describes other vectors than the file: one of the two is damaged or was changed, "
-            "so make or fetch the table again."
+            f"{where} describes other vectors than the file: one of the two is damaged or was changed; "
+            "make the table again, or, to go without a record that is a file of its own, delete it."
         )
     return record
 
