@@ -6,7 +6,7 @@
 __all__ = ['CONTROL_NAMES', 'dataset_files', 'open_cells', 'read_frame', 'read_matrix', 'obsm_shapes', 'control_like',
            'check_control', 'label_cells']
 
-# %% ../../nbs/cells/15_reading.ipynb #8e7be405
+# %% ../../nbs/cells/15_reading.ipynb #7d984b1f
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -182,7 +182,7 @@ def check_control(perturbation: pd.Series, data: DataKwargs, where: str) -> None
 
 # %% ../../nbs/cells/15_reading.ipynb #label-cells
 def label_cells(obs: pd.DataFrame, data: DataKwargs, dataset: str, where: str) -> pd.DataFrame:
-    """The five text columns of a file's cells."""
+    """The five text columns of a file's cells; a sixth, `guide`, where `guide_col` names one (empty for none)."""
     pert = _complete(_text_column(obs, data.pert_col, "pert_col", where, may_be_null=False), data.pert_col, where)
     canonical = {name: canonical_perturbation(name, control=data.control_pert) for name in pert.unique()}
     labels = pd.DataFrame({"dataset": dataset, "perturbation": pert.map(canonical)}, index=obs.index.astype(str))
@@ -200,4 +200,6 @@ def label_cells(obs: pd.DataFrame, data: DataKwargs, dataset: str, where: str) -
             is_control = (labels["perturbation"] == data.control_pert).to_numpy()
             values = values.mask(is_control & values.isna().to_numpy(), default)
         labels[name] = _complete(values, column, where).to_numpy()
-    return labels[["dataset", "cell_type", "perturbation", "batch", "modality"]]
+    if data.guide_col is not None:
+        labels["guide"] = _text_column(obs, data.guide_col, "guide_col", where, may_be_null=True).fillna("").to_numpy()
+    return labels[["dataset", "cell_type", "perturbation", "batch", "modality", *labels.columns[5:]]]
