@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import signal
 import subprocess
@@ -326,6 +327,33 @@ def test_a_plain_pickle_named_pt_is_called_one_and_the_advice_works(tmp_path, mo
         GeneEmbeddings.load("old.pt")
 
 
+def test_a_torch_file_that_could_run_code_is_called_that(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"A": Runs()}, tmp_path / "t.pt")
+    with pytest.raises(InputError, match="could run code when opened"):
+        GeneEmbeddings.load(tmp_path / "t.pt")
+
+
+def test_equal_tables_are_equal_files(tmp_path):
+    for name in ("a", "b"):
+        example().save(tmp_path / f"{name}.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+@pytest.mark.parametrize("pooling, status", [("mean", "failed"), ("bos", "not checked")])
+def test_first_tokens_are_not_held_against_composition(pooling, status):
+    """Right tables of BOS vectors often fail the checks that permuted tables of means fail."""
+    rng = np.random.default_rng(0)
+    proteins = {f"G{i}": "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 80)) for i in range(60)}
+    vectors = rng.normal(size=(60, 8)).astype(np.float32)
+    table = GeneEmbeddings(list(proteins), vectors, {"model": "example", "settings": {"pooling": pooling}})
+    found = table.check(proteins).to_frame().set_index("check")["status"]
+    assert found["vectors follow proteins"] == status
+
+
 def test_genes_on_one_row_of_a_map_are_noted(tmp_path):
     path = write_table(tmp_path / "t.pt", ["A", "B"], np.eye(2), {"notes": ["x"]}, tmp_path / "rows.json")
     assert read_table(path, tmp_path / "rows.json").record == {"notes": ["x"]}
@@ -389,10 +417,10 @@ def test_a_file_cut_anywhere_is_refused_in_one_sentence(tmp_path, whole, suffix,
     assert path.name in one_line(caught)
 
 
-@given(st.data(), st.sampled_from(SUFFIXES))
+@given(st.data(), st.sampled_from([suffix for suffix in SUFFIXES if suffix != ".h5ad"]))
 @settings(FILES, max_examples=300)
 def test_an_altered_file_is_refused_or_unchanged(tmp_path, whole, data, suffix):
-    """The right table or none, as long as the record is whole; in an `.h5ad` a letter of a name may change."""
+    """The right table or none, as long as the record is whole. Not `.h5ad`: altered, it can hang HDF5's library."""
     content = bytearray(whole[suffix])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -405,7 +433,7 @@ def test_an_altered_file_is_refused_or_unchanged(tmp_path, whole, data, suffix):
         assert "\n" not in str(error)
         return
     made = example()
-    if "vector_sha256" in read.record and (suffix != ".h5ad" or read.names == made.names):
+    if "vector_sha256" in read.record:
         assert read.names == made.names and same_bits(read.vectors, made.vectors)
 
 

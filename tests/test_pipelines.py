@@ -154,6 +154,11 @@ BAD = {
     "unknown table format": (["embed", "--formats", "pickle"], "formats='pickle' must name pt"),
     "no process": (["embed", "--n_processes", "0"], "n_processes=0 must be at least 1"),
     "residues of several isoforms": (["embed", "--residues", "--isoforms", "all_mean"], "choose isoforms=canonical"),
+    "residues by SATURN's recipe": (
+        ["embed", "--residues", "--isoforms", "longest", "--compat", "saturn"],
+        "not pooled",
+    ),
+    "input among the results": (["embed", "--fasta", "runs/new/genes.h5ad"], "has the name of a result in output_dir"),
     "empty FASTA": (["embed", "--fasta", "{broken}/empty.fasta"], "empty.fasta' is empty"),
     "not a model": (["embed", "--fasta", "{tiny}/proteins.fasta", "--model", "{broken}/empty_model"], "empty_model"),
     "prediction without a run": (["predict", "--run_dir", "{tiny}"], "folder of a finished training run"),
@@ -428,8 +433,35 @@ def test_a_killed_embedding_pipeline_goes_on_to_the_same_table(shell, isoforms, 
     for folder in ("killed", "whole"):
         done = shell("esm-perturb", *command[1:], tmp_path / folder, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    names = ("vectors.npy", "record.json", "coverage.csv")
-    for name in names:
+    for name in ("vectors.npy", "record.json", "coverage.csv", "genes.pt"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    tables = [GeneEmbeddings.load(tmp_path / folder / "genes.pt") for folder in ("killed", "whole")]
-    assert tables[0].sha256() == tables[1].sha256()
+
+
+def test_files_beside_the_results_stay(shell, isoforms, tmp_path):
+    """A folder may hold the input as well."""
+    fasta = tmp_path / "genes.fasta"
+    fasta.write_bytes(isoforms.read_bytes())
+    (tmp_path / "genes.txt").write_text("GA\n")
+    done = shell("esm-perturb", "embed", "--fasta", "genes.fasta", "--output_dir", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "genes.txt").read_text() == "GA\n" and fasta.read_bytes() == isoforms.read_bytes()
+    assert (tmp_path / "genes.pt").is_file()
+
+
+def test_commands_started_together_do_not_disturb_each_other(isoforms, tmp_path):
+    program = str(Path(sys.executable).parent / "esm-perturb")
+    processes = [
+        subprocess.Popen(
+            [program, "embed", "--fasta", str(isoforms), "--output_dir", f"run{number}"],
+            cwd=tmp_path,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for process in processes:
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run0", "run1", "run2"]

@@ -101,9 +101,14 @@ def write_json(path: str | Path, value: object) -> Path:
     return write_text(path, to_json(value) + "\n")
 
 # %% ../../nbs/core/20_files.ipynb #new-folder
+_FINISHED = ("shards", "checkpoints")  # parts of long work, which a later run goes on from
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Make a folder unless it exists; what is new of it is removed when the block raises an `InputError`.
+
+    It stays when it holds `shards` or `checkpoints` by then: hours of work, as when a disk is full.
 
     Raises
     ------
@@ -123,7 +128,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield folder
     except InputError:
-        if missing:
+        if missing and not any((folder / name).exists() for name in _FINISHED):
             shutil.rmtree(folder)
         for parent in missing[1:]:
             if not any(parent.iterdir()):

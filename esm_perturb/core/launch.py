@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INPUT_ERROR_MARK', 'LaunchError', 'input_error_line', 'launch']
 
-# %% ../../nbs/core/40_launch.ipynb #2473621f
+# %% ../../nbs/core/40_launch.ipynb #b9e7044b
 import collections
 import io
 import os

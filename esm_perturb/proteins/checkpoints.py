@@ -397,6 +397,6 @@ def save_fair_checkpoint(network: nn.Module, path: str | Path) -> Path:
         .clone()
         for name, tensor in to_fair(network.state_dict()).items()
     }
-    with atomic_path(path) as temporary:
-        torch.save({"cfg": {"model": cfg}, "model": state}, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save({"cfg": {"model": cfg}, "model": state}, file)
     return Path(path)

@@ -362,7 +362,7 @@ def _not_found_message(missed: list[Match], n_wanted: int, sequences: Mapping, w
     ambiguous = f"; ambiguous: {', '.join(several[:10])}" if several else nearest(missed[0].requested, sequences)
     return (
         f"{len(missed)} of {n_wanted} genes have no protein in '{where}': {shown}{ambiguous}; "
-        "correct the names, add their sequences, or leave them out with missing_genes=drop."
+        "correct the names, add their sequences, or leave them out with missing_genes=drop, which lists all of them."
     )
 
 # %% ../../nbs/proteins/10_sequences.ipynb #choose-sequences

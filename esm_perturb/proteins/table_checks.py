@@ -440,7 +440,12 @@ def check_embeddings(
         *_check_rows(embeddings.names, scan),
         _check_duplicates(embeddings, scan, _protein_of(embeddings, sequences)),
         *_check_columns(scan),
-        _check_sequences(sample, sequences, rng),
-        _check_families(sample, families, rng),
     ]
+    if embeddings.record.get("settings", {}).get("pooling") == "bos":
+        said = "These are BOS vectors, which follow composition and family too loosely to tell."
+        findings += [
+            Finding(check, "not checked", said) for check in ("vectors follow proteins", "relatives lie together")
+        ]
+    else:
+        findings += [_check_sequences(sample, sequences, rng), _check_families(sample, families, rng)]
     return CheckReport(pd.DataFrame(findings, columns=Finding._fields, dtype=object))

@@ -82,6 +82,7 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
             yield [stack.enter_context(atomic_path(path)) for path in paths]
     except (*_UNWRITABLE, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = "writing failed, as on a full disk" if "enforce fail" in reason else reason  # PyTorch's own words
         raise InputError(
             f"'{paths[0]}' could not be written ({reason}): make room or choose another place; "
             "whatever was there before is unchanged."
@@ -104,26 +105,35 @@ def checked_record(text: str, names: Sequence[str], vectors: np.ndarray, where: 
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: delete it to load the embeddings without it.") from error
     if not isinstance(record, dict) or record.pop("sha256", None) != table_sha256(names, vectors):
-        raise InputError(f"{where} describes other vectors than the file: delete it or restore the file.")
+        raise InputError(
+            f"{where} describes other vectors than the file: one of the two is damaged or was changed; "
+            "make the table again, or, to go without a record that is a file of its own, delete it."
+        )
     return record
 
 # %% ../../nbs/proteins/27_torch_tables.ipynb #write-pt
+def _save(content: object, path: Path) -> None:
+    """`torch.save` whose bytes depend on the content alone: given a path, it stores the file's name as well."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 def write_pt(path: Path, map_path: Path | None, names: list[str], vectors: np.ndarray, record: dict) -> None:
     """A dictionary of vectors, or a tensor and its map; and the record beside it."""
     matrix = torch.from_numpy(np.array(vectors, dtype=np.float32))
     text = record_text(names, vectors, record) + "\n"
     if map_path is None:
         with writing(path, _record_path(path)) as (temporary, beside):
-            torch.save({name: vector.clone() for name, vector in zip(names, matrix, strict=True)}, temporary)
+            _save({name: vector.clone() for name, vector in zip(names, matrix, strict=True)}, temporary)
             beside.write_text(text, encoding="utf-8")
         return
     rows = {name: row for row, name in enumerate(names)}
     with writing(path, map_path, _record_path(path)) as (temporary, map_file, beside):
-        torch.save(matrix, temporary)
+        _save(matrix, temporary)
         if map_path.suffix == ".json":
             map_file.write_text(to_json(rows) + "\n", encoding="utf-8")
         else:
-            torch.save(rows, map_file)
+            _save(rows, map_file)
         beside.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/proteins/27_torch_tables.ipynb #dtype
@@ -190,7 +200,10 @@ def _refusal(path: Path, error: Exception) -> InputError:
     content = path.read_bytes() if path.is_file() else b""
     if _PICKLE_START.match(content) and content.endswith(b"."):
         return InputError(f"'{path}' was written with pickle, not torch.save, could run code, and {_REWRITE_PICKLE}.")
-    if any(said in str(error) for said in ("Unsupported global", "Unsupported class", "Unsupported numpy")):
+    if any(
+        said in str(error)
+        for said in ("Unsupported global", "unsupported GLOBAL", "Unsupported class", "Unsupported numpy")
+    ):
         return InputError(f"'{path}' is a pickle that could run code when opened, and {_REWRITE}.")
     return InputError(f"'{path}' is damaged or not a PyTorch file.")
 

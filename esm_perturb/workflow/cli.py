@@ -137,6 +137,8 @@ def _check(words: Sequence[str]) -> None:
     embeddings = GeneEmbeddings.load(told["file"])
     report = embeddings.check(read_fasta(told["fasta"]) if told["fasta"] else None)
     print(f"{len(embeddings.names)} genes, {embeddings.dim} dimensions\n{report.to_frame().to_string(index=False)}")
+    if not told["fasta"]:
+        print("Whether names belong to vectors was not checked against proteins: give --fasta.")
     report.raise_if_failed(f"'{told['file']}'")
 
 
@@ -218,3 +220,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nesm-perturb: interrupted; finished stages are kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__" and __spec__ is not None:  # under `python -m`, not in a notebook
+    main()

@@ -13,7 +13,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -255,12 +256,17 @@ class PipelineError(RuntimeError):
 _INPUT_ERRORS = (InputError.__name__, MissingFileError.__name__)
 
 
-def _engine_options() -> dict:
-    """Kernel settings: local sockets where the system has them, so that nobody can listen, and no log of its own."""
+@contextmanager
+def _engine_options() -> Iterator[dict]:
+    """Kernel settings: local sockets in a folder of their own, where the system has them, and no log of its own."""
     from traitlets.config import Config
 
     quiet = {"extra_arguments": ["--log-level=CRITICAL"]}
-    return quiet if os.name == "nt" else quiet | {"config": Config(KernelManager={"transport": "ipc"})}
+    if os.name == "nt":
+        yield quiet
+        return
+    with tempfile.TemporaryDirectory(prefix="esm_", ignore_cleanup_errors=True) as sockets:
+        yield quiet | {"config": Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})}
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #execute
 def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], live: LiveProgress) -> None:
@@ -269,16 +275,17 @@ def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], l
     from nbclient.exceptions import DeadKernelError
 
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=dict(parameters),
-            kernel_name="python3",
-            progress_bar=False,
-            stderr_file=live,
-            cwd=str(Path.cwd()),
-            **_engine_options(),
-        )
+        with _engine_options() as options:
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                progress_bar=False,
+                stderr_file=live,
+                cwd=str(Path.cwd()),
+                **options,
+            )
     except papermill.PapermillExecutionError as error:
         if error.ename in _INPUT_ERRORS:
             raise InputError(error.evalue) from error
@@ -287,6 +294,8 @@ def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], l
         ) from error
     except DeadKernelError as error:
         raise PipelineError("the notebook's process was killed, most often for lack of memory") from error
+    except RuntimeError as error:  # nbclient's word for a process that never answered
+        raise PipelineError(f"the notebook's process did not start: {error}") from error
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #run-pipeline
 def run_pipeline(
