@@ -130,9 +130,11 @@ def our_batches(toml: str, case: str) -> Iterator[tuple]:
     from esm_perturb.core.config import DataKwargs
 
     embed_key, set_len, *_ = CASES.get(case, (None, 64))
-    data = DataKwargs(toml_config_path=toml, embed_key=embed_key, pad="resample")
-    if case not in CASES:
-        data = DataKwargs(toml_config_path=toml, prepared=toml.replace(".toml", ".prepared.h5ad"), memory_gb=1e-3)
+    if case in CASES:
+        data = DataKwargs(toml_config_path=toml, embed_key=embed_key, pad="resample")
+    else:  # less memory than the smaller file needs
+        prepared = toml.replace(".toml", ".prepared.h5ad")
+        data = DataKwargs(toml_config_path=toml, prepared=prepared, memory_gb=0.1)
     began = time.perf_counter()
     spec = read_split_toml(toml)
     store = CellStore.from_spec(spec, data)
@@ -292,7 +294,7 @@ def from_disk(folder: Path, repeats: int) -> tuple[dict, dict]:
     sides = {}
     for name, n_cells in zip((SMALL, LARGE), DISK_SIZES, strict=True):
         toml = generate_on_disk(folder, n_cells)
-        with open(str(toml).replace(".toml", ".prepared.h5ad"), "rb") as file:
+        with Path(str(toml).replace(".toml", ".prepared.h5ad")).open("rb") as file:
             while file.read(1 << 24):
                 pass  # into the page cache
         sides[name] = Side(sys.executable, "ours", str(toml), name)

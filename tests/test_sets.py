@@ -328,7 +328,7 @@ def test_resident_cells_give_the_same_batches(tmp_path, monkeypatch, sparse, fre
         X = store.X.toarray()
         store.X = scipy.sparse.csr_matrix(np.where(X > np.quantile(X, 0.9), X, 0))
     if free == "scarce":
-        monkeypatch.setattr(data_module, "free_memory", lambda device: 2 * dense - 2)
+        monkeypatch.setattr(data_module, "free_on", lambda device: 2 * dense - 2)
     options = {"cell_set_len": 8, "batch_size": 3, "seed": 0}
     plain = PerturbationDataModule(store, splits, data=DATA, **options)
     resident = PerturbationDataModule(store, splits, data=DataKwargs(resident=True), device="cpu", **options)
@@ -347,11 +347,35 @@ def test_repeated_entries_of_a_sparse_row_add_up_on_the_device(tmp_path, monkeyp
     store, _ = make(tmp_path, n=30)
     X = scipy.sparse.csr_matrix((np.float32([1, 2, 4]), [3, 3, 0], [0, 3, *[3] * 29]), shape=store.X.shape)
     store.X = X
-    monkeypatch.setattr(data_module, "free_memory", lambda device: 4 * X.shape[0] * X.shape[1])
+    monkeypatch.setattr(data_module, "free_on", lambda device: 4 * X.shape[0] * X.shape[1])
     resident = ResidentCells(store, "cpu")
     assert resident.layout == "csr"
     assert (resident.rows(np.array([1, 0, -1])).numpy() == store.rows(np.array([1, 0, -1]))).all()
     assert X.nnz == 3, "the store's own matrix is left alone"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("budget", ["controls", "nothing"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_cells_on_disk_give_the_same_batches(tmp_path, sparse, budget, workers):
+    """Whether the controls are held in memory or not; counts are normalised on the way."""
+    make_adata(sparse=sparse).write_h5ad(tmp_path / "screen.h5ad")
+    (tmp_path / "splits.toml").write_text(HELD_OUT.replace("screen.h5ad", str(tmp_path / "screen.h5ad")))
+    spec = read_split_toml(tmp_path / "splits.toml")
+    batches, options = [], {"cell_set_len": 8, "batch_size": 3, "seed": 0}
+    for memory_gb in (1.0, 1.6e-5 if budget == "controls" else 1e-9):
+        data = DataKwargs(memory_gb=memory_gb, num_workers=workers)
+        store = CellStore.from_spec(spec, data)
+        assert store.in_memory is (memory_gb == 1.0)
+        splits = assign_splits(store.obs, spec, control=CONTROL, seed=0)
+        module = PerturbationDataModule(store, splits, data=data, **options)
+        held = module.loader("train").dataset.controls
+        assert (held is not None) is (memory_gb < 1.0 and budget == "controls")
+        batches.append([content(batch) for split in ("train", "val", "test") for batch in module.loader(split)])
+    assert batches[0] == batches[1]
+    on_device = PerturbationDataModule(store, splits, data=DataKwargs(resident=True), device="cpu", **options)
+    loaders = [on_device.loader(split) for split in ("train", "val", "test")]
+    assert [content(batch) for loader in loaders for batch in loader] == batches[0]
 
 
 def test_resident_cells_and_workers_exclude_each_other(tmp_path):

@@ -396,6 +396,15 @@ def test_generated_splits(kind, obs, seed, val, test, only):
                 assert not any(genes <= unseen for genes in pairs.values())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_with_one_seen_gene_no_pair_has_two_unseen_ones(seed):
+    names = [*"ABCDEFGH", "A+B", "B+C", "C+D", "D+E", "E+F", "F+G", "G+H", "A+H"]
+    obs = make_obs({("screen", "K562"): dict.fromkeys(names, 2)})
+    split = combination_split(obs, control=CONTROL, seen=1, val=0.2, test=0.5, seed=seed)
+    held = split.table[split.table["split"] != "train"]
+    assert set(held["seen"].dropna()) == {1} and len(split.names("test")) > 3
+
+
 def test_the_farthest_cluster_is_tested_and_its_neighbour_named():
     rng = np.random.default_rng(0)
     vectors = {f"G{i}": rng.normal(size=8) + [5, 0, 0, 0, 0, 0, 0, 0] for i in range(18)}
@@ -632,7 +641,7 @@ def test_twin_cells_are_found(screen, kind):
 
 def test_repeated_barcodes_need_expression_to_be_judged(screen):
     obs, X = screen
-    names = [f"screen/lane{int(i >= 24)}/AAAC-{i % 24}" for i in range(len(obs))]
+    names = [f"screen/lane{i // 24}/AAAC-{i % 24}" for i in range(len(obs))]
     obs = obs.set_axis(names)
     assert row(few(obs, ["E"])[0], "cell names")["severity"] == "warning"
     audit, splits = few(obs, ["E"], rows=lambda rows: X[rows])
@@ -656,6 +665,7 @@ def test_a_second_name_of_a_tested_gene_is_found(screen, evidence):
         few(obs, ["C"], **facts)[0].raise_if_leaking()
     if evidence != "spelling":
         few(obs, ["C"])[0].raise_if_leaking()
+        few(obs, ["A"], vectors={"A": np.zeros(4), "B": np.zeros(4)})[0].raise_if_leaking()
 
 
 def test_names_are_matched_inside_combinations(screen):

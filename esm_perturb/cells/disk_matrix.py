@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileArray', 'CsrFile', 'DenseFile', 'CscFile', 'open_matrix', 'MatrixPart', 'take_genes', 'DiskMatrix']
 
-# %% ../../nbs/cells/16_disk_matrix.ipynb #4410de1d
+# %% ../../nbs/cells/16_disk_matrix.ipynb #fbcfd424
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse
 
-from .expression import scale_rows, scatter_rows, wanted_rows
+from .expression import put_rows, scale_rows, scatter_rows, wanted_rows
 from .reading import open_cells, open_file
 from ..core.config import InputError
 
@@ -91,7 +91,7 @@ class FileArray:
                 begin += n_read
 
 # %% ../../nbs/cells/16_disk_matrix.ipynb #spans
-_GAP_BYTES = 4096
+_GAP_BYTES = 1 << 14
 _BUFFER_BYTES = 1 << 26
 
 
@@ -320,7 +320,7 @@ class DiskMatrix:
     dtype = np.dtype(np.float32)
 
     def __init__(self, parts: Sequence[MatrixPart], rows: np.ndarray | None = None):
-        self.parts, self._rows = list(parts), rows
+        self.parts, self._rows, self._held, self._held_at = list(parts), rows, None, None
         self._bounds = np.append(0, np.cumsum([part.shape[0] for part in self.parts]))
         self.shape = (int(self._bounds[-1]) if rows is None else len(rows), self.parts[0].shape[1])
 
@@ -329,14 +329,26 @@ class DiskMatrix:
         """About what it would take in memory."""
         return int(sum(part.file.memory_bytes for part in self.parts) * self.shape[0] / max(self._bounds[-1], 1))
 
+    def _stored(self, indices: np.ndarray) -> np.ndarray:
+        """Row numbers over all parts."""
+        return indices if self._rows is None else self._rows[indices]
+
     def take(self, indices: np.ndarray) -> "DiskMatrix":
         """A view of some rows, in the order asked for; nothing is read."""
-        rows = np.arange(self.shape[0]) if self._rows is None else self._rows
-        return DiskMatrix(self.parts, np.asarray(rows[indices], dtype=np.int64))
+        view = DiskMatrix(self.parts, self._stored(np.arange(self.shape[0]))[indices])
+        view._held, view._held_at = self._held, self._held_at
+        return view
+
+    def hold(self, indices: np.ndarray) -> None:
+        """Keep some rows in memory from now on, here and in views made later."""
+        rows = np.unique(self._stored(np.asarray(indices, dtype=np.int64)))
+        self._held = DiskMatrix(self.parts, rows).to_memory()
+        self._held_at = np.full(self._bounds[-1], -1, dtype=np.int32)
+        self._held_at[rows] = np.arange(len(rows))
 
     def _pieces(self, indices: np.ndarray, places: np.ndarray) -> Iterator[tuple[MatrixPart, np.ndarray, np.ndarray]]:
         """Part, places of the result and sorted row numbers of the part, a buffer at a time."""
-        rows = indices if self._rows is None else self._rows[indices]
+        rows = self._stored(indices)
         order = np.argsort(rows, kind="stable")
         rows, places = rows[order], places[order]
         edges = np.searchsorted(rows, self._bounds)
@@ -350,8 +362,13 @@ class DiskMatrix:
         indices, real = wanted_rows(indices, self.shape[0])
         out = np.empty((len(indices), self.shape[1]), dtype=np.float32) if out is None else out
         out[~real] = 0
-        for part, places, rows in self._pieces(indices[real], np.flatnonzero(real)):
-            part.fill(out, places, rows)
+        places = np.flatnonzero(real)
+        if self._held is not None:
+            at = self._held_at[self._stored(indices[places])].astype(np.int64)
+            put_rows(self._held, at[at >= 0], places[at >= 0], out)
+            places = places[at < 0]
+        for part, where, rows in self._pieces(indices[places], places):
+            part.fill(out, where, rows)
         return out
 
     def blocks(self) -> Iterator[np.ndarray | scipy.sparse.csr_matrix]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'MAX_LOG1P', 'ValueRange', 'value_range', 'detect_scale', 'size_factors', 'scale_rows', 'normalise_counts',
-           'scatter_rows', 'wanted_rows', 'dense_rows']
+           'scatter_rows', 'wanted_rows', 'put_rows', 'dense_rows']
 
 # %% ../../nbs/cells/12_expression.ipynb #ad03385c
 from dataclasses import dataclass
@@ -193,6 +193,16 @@ def wanted_rows(indices: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarra
     return indices, indices >= 0
 
 
+def put_rows(X: np.ndarray | scipy.sparse.csr_matrix, indices: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """Write rows of a matrix to some rows of `out`, float32 in C order; both numberings are int64."""
+    if scipy.sparse.issparse(X):
+        starts = X.indptr[indices].astype(np.int64)
+        if not scatter_rows(X.data, X.indices, starts, X.indptr[indices + 1] - starts, places, out):
+            raise ValueError("a column number lies outside the matrix")
+    else:
+        out[places] = X[indices]
+
+
 def dense_rows(
     X: np.ndarray | scipy.sparse.csr_matrix, indices: np.ndarray, out: np.ndarray | None = None
 ) -> np.ndarray:
@@ -214,13 +224,9 @@ def dense_rows(
     """
     indices, real = wanted_rows(indices, X.shape[0])
     out = np.empty((len(indices), X.shape[1]), dtype=np.float32) if out is None else out
-    if scipy.sparse.issparse(X):
-        starts = X.indptr[indices].astype(np.int64)
-        lengths = np.where(real, X.indptr[indices + 1] - starts, 0)
-        if not scatter_rows(X.data, X.indices, starts, lengths, np.arange(len(indices)), out):
-            raise ValueError("a column number lies outside the matrix")
-    elif real.all() and X.dtype == out.dtype:
+    if real.all() and not scipy.sparse.issparse(X) and X.dtype == out.dtype:
         np.take(X, indices, axis=0, out=out, mode="clip")  # the numbers are checked; clip spares a copy
     else:
-        out[real], out[~real] = X[indices[real]], 0
+        out[~real] = 0
+        put_rows(X, indices[real], np.flatnonzero(real), out)
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MemoryMatrix', 'Source', 'file_state', 'file_hash', 'checked_source', 'open_source', 'open_sources', 'scan',
-           'free_memory', 'fits_in_memory', 'Joined', 'check_settings', 'join']
+           'free_memory', 'fits_in_memory', 'hold_controls', 'Joined', 'check_settings', 'join']
 
 # %% ../../nbs/cells/18_joining.ipynb #0b4935c4
 import logging
@@ -227,10 +227,16 @@ def free_memory() -> int:
     return free
 
 
-def fits_in_memory(n_bytes: int, data: DataKwargs) -> bool:
+def fits_in_memory(n_bytes: float, data: DataKwargs) -> bool:
     """Whether expression of this size is within `data.memory_gb`."""
-    budget = data.memory_gb * 1e9 if data.memory_gb else free_memory() / 2
-    return n_bytes <= budget
+    return n_bytes <= (data.memory_gb * 1e9 if data.memory_gb else free_memory() / 2)
+
+
+def hold_controls(X: DiskMatrix, obs: pd.DataFrame, data: DataKwargs) -> None:
+    """Keep the controls of a matrix on disk in memory, where they take at most half of the budget."""
+    controls = np.flatnonzero(obs["perturbation"] == data.control_pert)
+    if fits_in_memory(2 * X.take(controls).memory_bytes, data):
+        X.hold(controls)
 
 # %% ../../nbs/cells/18_joining.ipynb #stays-on-disk
 _LOGGER = logging.getLogger(__name__)
@@ -356,8 +362,8 @@ def join(sources: Sequence[Source], data: DataKwargs, *, in_memory: bool | None 
         For differing genes or scales, broken values, repeated names, a data set without controls, or a CSC file that
         does not fit in memory.
     """
-    genes, obs = _check_genes(sources), _labels(sources, data)
-    if in_memory is None:
+    genes, obs, decides = _check_genes(sources), _labels(sources, data), in_memory is None
+    if decides:
         n_bytes = sum(source.matrix.memory_bytes for source in sources)
         in_memory = fits_in_memory(n_bytes, data)
         if not in_memory:
@@ -381,4 +387,6 @@ def join(sources: Sequence[Source], data: DataKwargs, *, in_memory: bool | None 
         record["target_sum"] = data.target_sum
     if record["empty_cells"]:
         _LOGGER.warning("%d of %d cells have no expression at all; they stay zero.", record["empty_cells"], len(obs))
+    if decides and not in_memory:
+        hold_controls(matrix, obs, data)
     return Joined(matrix.to_memory() if in_memory else matrix, genes, obs, record["scale"], scale, record)

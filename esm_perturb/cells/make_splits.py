@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'random_split', 'cell_type_split', 'combination_split', 'read_labels', 'make_split']
 
-# %% ../../nbs/cells/11_make_splits.ipynb #bd5638e4
+# %% ../../nbs/cells/11_make_splits.ipynb #1c893d4d
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from esm_perturb.cells.hard_splits import (
     distance_split,
     family_split,
     follow_genes,
+    shuffled,
     split_sizes,
 )
 from .reading import check_control, dataset_files, label_cells, open_cells, read_frame
@@ -60,7 +61,7 @@ def random_split(
     chosen = chosen_contexts(table, cell_types)
     names = sorted(set(table.loc[chosen, "perturbation"]))
     n_val, n_test = split_sizes(len(names), val, test, "perturbations")
-    drawn = np.random.default_rng(seed).permutation(names).tolist()
+    drawn = shuffled(names, seed)
     split_of = dict.fromkeys(drawn[:n_test], "test") | dict.fromkeys(drawn[n_test : n_test + n_val], "val")
     table["split"] = table["perturbation"].map(split_of).fillna("train").where(chosen, "train")
     record = {"kind": "random", "val": val, "test": test, "seed": seed, "cell_types": list(cell_types)}
@@ -100,7 +101,7 @@ def cell_type_split(
             raise InputError("val_cell_types needs cell_types for the test as well.")
         names = sorted(set(table["cell_type"]))
         n_val, n_test = split_sizes(len(names), val, test, "cell types")
-        drawn = np.random.default_rng(seed).permutation(names).tolist()
+        drawn = shuffled(names, seed)
         cell_types, val_cell_types = drawn[:n_test], drawn[n_test : n_test + n_val]
         record |= {"val": val, "test": test, "seed": seed}
     in_test = chosen_contexts(table, cell_types)
@@ -202,7 +203,7 @@ def combination_split(
     if not could_be:
         raise InputError(f"None of {len(names)} perturbations is a pair of which {seen} genes occur as singles.")
     n_val, n_test = split_sizes(len(could_be), val, test, f"pairs that could have {seen} seen genes")
-    order = np.random.default_rng(seed).permutation(could_be).tolist()
+    order = shuffled(could_be, seed)
     if seen == 2:
         split_of = dict.fromkeys(order[:n_test], "test") | dict.fromkeys(order[n_test : n_test + n_val], "val")
     else:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ORDER', 'sorted_rows', 'read_gene_list', 'check_gene_list', 'variable_genes', 'check_gene_selection', 'prepare']
 
-# %% ../../nbs/cells/24_prepare.ipynb #8aac9be7
+# %% ../../nbs/cells/24_prepare.ipynb #9be0cba6
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -196,8 +197,9 @@ def _as_zarr(source: Path, target: Path) -> None:
     group = zarr.open_group(target, mode="w", zarr_format=3)
     with h5py.File(source, "r") as file:
         group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for key in set(file) - {"X"}:
-            write_elem(group, key, read_elem(file[key]))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # anndata announces another default
+            for key in set(file) - {"X"}:
+                write_elem(group, key, read_elem(file[key]))
         X = group.create_group("X")
         X.attrs.update(_ENCODING | {"shape": [int(n) for n in file["X"].attrs["shape"]]})
         for name in ("data", "indices", "indptr"):
@@ -279,7 +281,8 @@ def prepare(
     data
         Columns, control label, scale, `target_sum`, `embed_key`: baked in.
     output
-        An `.h5ad`, or a `.zarr` for object stores. It appears whole or not at all; a file of that name is replaced.
+        An `.h5ad`, or a `.zarr` for object stores. It appears whole or not at all; a file of that name is replaced. A
+        process that is killed outright leaves a hidden temporary file beside it.
     genes
         Names of the genes to keep, in their order; a number of variable genes, chosen on the training cells of `spec`;
         or None for all. Counts are normalised over all genes of the sources in any case.

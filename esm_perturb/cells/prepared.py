@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAKED', 'baked_settings', 'check_baked', 'check_sources', 'fingerprint', 'read_record', 'open_prepared']
 
-# %% ../../nbs/cells/19_prepared.ipynb #97017ab7
+# %% ../../nbs/cells/19_prepared.ipynb #efd210d0
 import hashlib
 import json
 import logging
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .disk_matrix import CsrFile, DiskMatrix, MatrixPart, open_matrix
-from .joining import Joined, file_hash, file_state, fits_in_memory
+from .joining import Joined, file_hash, file_state, fits_in_memory, hold_controls
 from .reading import dataset_files, open_cells, read_frame
 from ..core.config import DataKwargs, InputError, MissingFileError, nearest
 
@@ -178,5 +178,7 @@ def open_prepared(path: str | Path, data: DataKwargs, datasets: Mapping[str, str
     X = DiskMatrix([MatrixPart(matrix, None, len(gene_names), None)])
     if fits_in_memory(matrix.memory_bytes, data):
         X = X.to_memory()
+    else:
+        hold_controls(X, obs, data)
     record = record | {"prepared": {"file": str(path), "fingerprint": mark}}
     return Joined(X, gene_names, obs, record["scale"], record["scale_found"], record)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Condition', 'group_rows', 'CellStore', 'drop_perturbations', 'read_cells', 'store_from_anndata']
 
-# %% ../../nbs/cells/20_store.ipynb #7d4e45c6
+# %% ../../nbs/cells/20_store.ipynb #8b5bbfd1
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from .prepared import open_prepared
 
 from .disk_matrix import DiskMatrix, open_matrix
 from .expression import dense_rows
 from .joining import MemoryMatrix, check_settings, checked_source, join, open_sources
+from .prepared import open_prepared
 from .split_file import SplitSpec, canonical_perturbation, parse_perturbation
 from ..core.config import DataKwargs, InputError, nearest
 

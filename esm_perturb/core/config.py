@@ -79,6 +79,7 @@ class DataKwargs:
     prepared: str = ""  # file that `esm-perturb prepare` wrote: cells are read from it, not from [datasets]
     memory_gb: float = 0.0  # expression up to this size is held in memory, more stays on disk; 0: half of what is free
     resident: bool = False  # hold expression on the model's device (a GPU): sets are gathered there
+    strict_zero_shot: bool = False  # a test perturbation that trains in another cell type stops the run as well
 
 # %% ../../nbs/core/10_config.ipynb #modelkwargs
 @dataclass
@@ -410,6 +411,7 @@ def merge(base: Mapping, update: Mapping) -> dict:
 # %% ../../nbs/core/10_config.ipynb #anchor-paths
 _PATHS = {
     ("data", "kwargs", "toml_config_path"),
+    ("data", "kwargs", "prepared"),
     ("model", "kwargs", "esm_embeddings_path"),
     ("model", "kwargs", "gene_to_esm_map_path"),
     ("model", "kwargs", "init_from"),

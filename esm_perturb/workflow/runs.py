@@ -138,7 +138,7 @@ def read_run(run_dir: str | Path) -> RunConfig:
 
 
 def split_store(prepared: "Prepared", split: str) -> "CellStore":
-    """Perturbed cells and controls of one split.
+    """Perturbed cells and controls of one split, in memory.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def split_store(prepared: "Prepared", split: str) -> "CellStore":
         )
     if not len(prepared.splits.perturbed_indices(split)):
         raise InputError(f"The split '{split}' holds no perturbed cells: name its perturbations in the data .toml.")
-    return prepared.store.subset(prepared.splits.indices(split))
+    return prepared.store.subset(prepared.splits.indices(split)).to_memory()
 
 # %% ../../nbs/workflow/12_runs.ipynb #predict-run
 def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: int) -> "AnnData":

@@ -103,6 +103,7 @@ def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index
     told = {
         "predictions": predictions,
         "run_dir": str(output_dir / f"train_{study.arms[0]}"),
+        "fasta": str(study.fasta),
         "title": study.title,
         "report_name": report_name,
     }
