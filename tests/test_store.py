@@ -1,6 +1,7 @@
 """The store: one answer from every storage, in memory and on disk, and a sentence for every kind of bad file."""
 
 import logging
+import multiprocessing
 import os
 import pickle
 import warnings
@@ -15,7 +16,7 @@ import pytest
 import scanpy
 import scipy.sparse
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm_perturb.cells import disk_matrix
@@ -61,8 +62,8 @@ def write_zarr(adata, path):
         adata.write_zarr(path)
 
 
-def open_file(path, **settings):
-    return read_cells({"screen": str(path)}, DataKwargs(**settings))
+def open_file(path, **asked):
+    return read_cells({"screen": str(path)}, DataKwargs(**asked))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +89,10 @@ def stores(tmp_path_factory):
     adata[:150].copy().write_h5ad(folder / "halves" / "a.h5ad")
     dense[150:, np.arange(N_GENES)[::-1]].copy().write_h5ad(folder / "halves" / "b.h5ad")
     shuffled.write_h5ad(folder / "shuffled.h5ad")
-    found = {"AnnData": store_from_anndata(adata, DataKwargs()), "AnnData, dense": store_from_anndata(dense, DataKwargs())}
+    found = {
+        "AnnData": store_from_anndata(adata, DataKwargs()),
+        "AnnData, dense": store_from_anndata(dense, DataKwargs()),
+    }
     for name in ("csr.h5ad", "gzip.h5ad", "dense.h5ad", "dense_gzip.h5ad", "csr.zarr", "dense.zarr", "halves"):
         for place, budget in {"memory": 0.0, "disk": ON_DISK}.items():
             found[f"{name}, {place}"] = open_file(folder / name, memory_gb=budget)
@@ -118,6 +122,7 @@ def truth():
 
 
 @given(indices=st.lists(st.integers(-1, N_CELLS - 1), max_size=60))
+@settings(max_examples=40)
 def test_every_storage_gives_the_rows_asked_for(stores, truth, indices):
     indices = np.array(indices, dtype=np.int64)
     for name, (store, source) in stores.items():
@@ -188,7 +193,7 @@ def test_row_numbers_outside_are_errors(stores):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a store, one at a time."""
+    """Rows of a store, some at a time."""
 
     def __init__(self, store):
         self.store = store
@@ -200,17 +205,25 @@ class Rows(torch.utils.data.Dataset):
         return self.store.rows([index, -1, 299 - index])
 
 
-@pytest.mark.parametrize("name", ["gzip.h5ad, disk", "csr.zarr, disk", "prepared_csr.h5ad.h5ad, disk"])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_and_threads_read_the_same(stores, name, method):
+OPEN = ["gzip.h5ad, disk", "csr.zarr, disk", "dense.h5ad, disk", "prepared_csr.h5ad.h5ad, disk"]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_forked_workers_and_threads_read_the_same(stores, name):
     store = stores[name][0]
     expected = [store.rows([i, -1, 299 - i]) for i in range(40)]
-    context = torch.multiprocessing.get_context(method)
-    loader = torch.utils.data.DataLoader(Rows(store), batch_size=None, num_workers=2, multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(Rows(store), batch_size=None, num_workers=2)
     assert all((batch.numpy() == rows).all() for batch, rows in zip(loader, expected, strict=True))
     with ThreadPoolExecutor(8) as pool:
         threads = list(pool.map(Rows(pickle.loads(pickle.dumps(store))).__getitem__, range(40)))
     assert all((ours == rows).all() for ours, rows in zip(threads, expected, strict=True))
+
+
+def test_a_process_started_afresh_reads_the_same(stores):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for name in OPEN:
+            store = stores[name][0]
+            assert (pool.apply(store.rows, ([7, -1, 299],)) == store.rows([7, -1, 299])).all(), name
 
 
 def test_controls_are_held_where_they_fit(tmp_path):
@@ -282,8 +295,11 @@ def test_files_are_aligned_by_gene_name(tmp_path, budget):
     second[:, order].copy().write_h5ad(tmp_path / "b.h5ad")
     store = open_file(tmp_path, memory_gb=budget)
     assert store.gene_names == list(first.var_names) and store.in_memory == (budget == 0)
-    np.testing.assert_allclose(store.rows(np.arange(600)), np.concatenate([normalised(first), normalised(second)]), rtol=1e-5)
+    np.testing.assert_allclose(
+        store.rows(np.arange(600)), np.concatenate([normalised(first), normalised(second)]), rtol=1e-5
+    )
     assert store.obs.index[[0, 300]].tolist() == ["screen/a/cell0", "screen/b/cell0"]
+    (tmp_path / "b.h5ad").unlink()
     second[:, 1:].copy().write_h5ad(tmp_path / "b.h5ad")
     with pytest.raises(InputError, match="differ: 1 only in"):
         open_file(tmp_path, memory_gb=budget)
@@ -439,25 +455,25 @@ def test_columns_of_any_type_are_labels(tmp_path):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(
-    ("file", "settings"),
+    ("file", "columns"),
     [
         ("norman19_mcfaline23.h5ad", {"pert_col": "condition", "modality_col": "perturbation_type"}),
         ("datlinger21_jurkat_counts.h5ad", {"pert_col": "perturbation", "cell_type_key": "condition"}),
         ("l1000_knockdown_zscores.h5ad", {"pert_col": "perturbation", "cell_type_key": None}),
     ],
 )
-def test_real_files_read_and_prepared_are_the_same(tmp_path, file, settings):
+def test_real_files_read_and_prepared_are_the_same(tmp_path, file, columns):
     beside = Path(__file__).parents[2] / "shared" / "data"
     path = Path(os.environ.get("REALDATA") or beside) / "perturb_seq" / file
     if not path.is_file():
         pytest.skip(f"{path} is not there")
-    settings |= {"batch_col": None, "control_pert": "control"}
+    asked = columns | {"batch_col": None, "control_pert": "control"}
     (tmp_path / "s.toml").write_text(f'[datasets]\nreal = "{path}"\n[training]\nreal = "train"\n')
     spec = read_split_toml(tmp_path / "s.toml")
-    memory = CellStore.from_spec(spec, DataKwargs(**settings))
-    disk = CellStore.from_spec(spec, DataKwargs(**settings, memory_gb=ON_DISK))
-    made = prepare(spec, DataKwargs(**settings), tmp_path / "prepared.h5ad", progress=False)
-    prepared = CellStore.from_spec(spec, DataKwargs(**settings, prepared=str(made), memory_gb=ON_DISK))
+    memory = CellStore.from_spec(spec, DataKwargs(**asked))
+    disk = CellStore.from_spec(spec, DataKwargs(**asked, memory_gb=ON_DISK))
+    made = prepare(spec, DataKwargs(**asked), tmp_path / "prepared.h5ad", progress=False)
+    prepared = CellStore.from_spec(spec, DataKwargs(**asked, prepared=str(made), memory_gb=ON_DISK))
     everything = np.arange(len(memory))
     assert memory.in_memory and not disk.in_memory and not prepared.in_memory
     assert (disk.rows(everything) == memory.rows(everything)).all()
