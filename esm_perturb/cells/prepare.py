@@ -80,8 +80,10 @@ def variable_genes(X: DiskMatrix, gene_names: Sequence[str], rows: np.ndarray, n
         found.append(scipy.sparse.csr_matrix(block[here]))
         first += block.shape[0]
     sample = anndata.AnnData(scipy.sparse.vstack(found, format="csr"))
-    scanpy.pp.highly_variable_genes(sample, n_top_genes=n_genes)
-    return [gene for gene, keep in zip(gene_names, sample.var["highly_variable"], strict=True) if keep]
+    scanpy.pp.highly_variable_genes(sample)
+    dispersion = sample.var["dispersions_norm"].fillna(-np.inf).to_numpy()
+    first = np.argsort(-dispersion, kind="stable")[:n_genes]  # scanpy's own cut lets ties through
+    return [gene_names[column] for column in np.sort(first)]
 
 # %% ../../nbs/cells/24_prepare.ipynb #check-gene-selection
 def check_gene_selection(store: CellStore, splits: Splits) -> None:
@@ -244,12 +246,12 @@ def _chosen(joined, spec: SplitSpec, data: DataKwargs, genes: Sequence[str] | in
         share_controls=data.share_controls,
         seed=seed,
     )
-    rows = splits.indices("train")
+    rows = splits.perturbed_indices("train")
     if len(rows) > _SAMPLE:
         rows = np.sort(np.random.default_rng(seed).choice(rows, _SAMPLE, replace=False))
     chose = np.zeros(len(joined.obs), dtype=bool)
     chose[rows] = True
-    text = f"{genes} most variable among {len(rows)} training cells (split {splits.hash}, seed {seed})"
+    text = f"{genes} most variable among {len(rows)} perturbed training cells (split {splits.hash}, seed {seed})"
     return variable_genes(joined.X, joined.gene_names, rows, genes), text, chose
 
 
