@@ -413,6 +413,15 @@ def test_damaged_structure_is_one_sentence(tmp_path):
         open_file(tmp_path / "xx.zarr")
 
 
+def test_a_lost_chunk_of_a_zarr_is_not_taken_for_zeros(tmp_path):
+    write_zarr(make_adata(), tmp_path / "x.zarr")
+    chunks = [file for file in (tmp_path / "x.zarr" / "X" / "data").rglob("*") if file.name.isdigit()]
+    assert len(open_file(tmp_path / "x.zarr")) == N_CELLS
+    chunks[0].unlink()
+    with pytest.raises(InputError, match="is damaged: parts of its matrix 'X' are missing"):
+        open_file(tmp_path / "x.zarr")
+
+
 HOSTILE = ["<b>STAT1</b>", "β-catenin", "名前", 'say "x"', "a/b", "it's & so", "Ünï\u0301", "NaN", "-1", " TP53"]
 
 

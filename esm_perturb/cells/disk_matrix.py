@@ -39,6 +39,8 @@ class FileArray:
     ----------
     shape, dtype
         As stored.
+    is_complete
+        No chunk of a zarr array is missing; zarr gives zeros for one, and leaves out chunks of zeros when writing.
     row_bytes, chunk_bytes
         Bytes of one entry of the first axis, and of the entries that must be read together (0: any).
     """
@@ -50,6 +52,7 @@ class FileArray:
             self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
             self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
             self._offset = _byte_offset(array)
+            self.is_complete = getattr(array, "nchunks_initialized", 0) >= getattr(array, "nchunks", 0)
             chunked = self._offset is None and getattr(array, "chunks", None)
             self.chunk_bytes = array.chunks[0] * self.row_bytes if chunked else 0
 
@@ -133,8 +136,9 @@ class CsrFile:
         self.indptr = indptr.read([0], [indptr.shape[0]]).astype(np.int64)
         self.nnz, self.dtype = self.values.shape[0], self.values.dtype
         sound = len(self.indptr) == shape[0] + 1 and self.indptr[0] == 0 and (np.diff(self.indptr) >= 0).all()
-        if not (sound and self.indptr[-1] == self.nnz == self.columns.shape[0]):
-            raise InputError(f"'{path}' is damaged: the parts of the sparse matrix '{key}' do not fit together.")
+        sound = sound and self.indptr[-1] == self.nnz == self.columns.shape[0] and self.values.is_complete
+        if not sound:
+            raise InputError(f"'{path}' is damaged: parts of its matrix '{key}' are missing or do not fit together.")
         self.memory_bytes = 8 * (self.nnz + shape[0])
         widest = max(self.values.row_bytes, self.columns.row_bytes)
         chunk = max(self.values.chunk_bytes, self.columns.chunk_bytes)
