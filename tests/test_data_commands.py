@@ -58,6 +58,17 @@ def test_a_split_that_cannot_be_is_one_line_and_code_2(words, said, tiny, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [["split", "random"], ["prepare"]], ids=" ".join)
+def test_what_is_there_is_not_replaced_by_something_else(words, tiny, tmp_path, capsys):
+    for name in ("proteins.fasta.gz", "notes.toml", "cells.h5ad"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--config", str(tiny / "run.yaml"), "--output", str(tmp_path / name)])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.count("\n") == 1 and name in told
+        assert (tmp_path / name).read_text() == "mine"
+
+
 def test_training_from_a_prepared_file_uses_the_same_cells(tiny, tmp_path, capsys):
     path = tmp_path / "prepared.h5ad"
     main(["prepare", "--config", str(tiny / "run.yaml"), "--output", str(path)])
@@ -74,7 +85,22 @@ def test_training_from_a_prepared_file_uses_the_same_cells(tiny, tmp_path, capsy
     assert np.isfinite(summary["last"]["val_loss"])
 
 
-def test_a_test_cell_that_trains_under_another_name_stops_the_run(tiny, tmp_path):
+def test_genes_that_test_cells_chose_are_refused(tiny, tmp_path):
+    """Prepared for one split, used with another."""
+    path, text = tmp_path / "prepared.h5ad", (tiny / "split.toml").read_text()
+    main(["prepare", "--config", str(tiny / "run.yaml"), "--n_genes", "10", "--output", str(path)])
+    cell_type, names = held_out(tiny)
+    trained = prepare(config(tiny)).train_genes[0]
+    other = tmp_path / "other.toml"
+    other.write_text(text.replace("cells.h5ad", str(tiny / "cells.h5ad")).replace(names[0], trained))
+    used = [f"data.kwargs.prepared={path}"]
+    prepare(resolve_config(config=tiny / "run.yaml", overrides=used))
+    with pytest.raises(InputError, match="chosen by .* cells that this split tests"):
+        prepare(resolve_config(config=f"{tiny / 'run.yaml'},{other}", overrides=used))
+
+
+@pytest.mark.parametrize("memory_gb", ["0", "1e-6"])
+def test_a_test_cell_that_trains_under_another_name_stops_the_run(memory_gb, tiny, tmp_path):
     cell_type, names = held_out(tiny)
 
     def copy_a_test_cell(adata):
@@ -87,7 +113,7 @@ def test_a_test_cell_that_trains_under_another_name_stops_the_run(tiny, tmp_path
 
     where = edited(tiny, tmp_path, copy_a_test_cell)
     with pytest.raises(InputError, match="Training would see the test, cells: 1 of"):
-        prepare(resolve_config(config=tiny / "run.yaml", overrides=[where]))
+        prepare(resolve_config(config=tiny / "run.yaml", overrides=[where, f"data.kwargs.memory_gb={memory_gb}"]))
 
 
 def test_a_test_gene_that_trains_under_another_name_stops_the_run(tiny, tmp_path):

@@ -305,6 +305,32 @@ def test_batches_hold_the_cells_that_were_chosen(tmp_path, sparse, workers):
                 assert (batch["batch"][number, len(cells) :] == -1).all()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_batches_keep_their_content(tmp_path, workers):
+    """Memory serves again only when nothing refers to it: not a batch, nor a tensor or an array of one."""
+    store, splits = make(tmp_path)
+    data = DataKwargs(num_workers=workers)
+    module = PerturbationDataModule(store, splits, data=data, cell_set_len=8, batch_size=3, seed=0)
+    loader = module.loader("train")
+    expected = [content(batch) for batch in loader]
+    assert [content(batch) for batch in list(loader)] == expected
+    for part in (lambda batch: batch["perturbed"][0], lambda batch: batch["control"].numpy()[-1]):
+        kept = [part(batch) for batch in loader]
+        assert [x.tolist() for x in kept] == [
+            batch["perturbed"][0] if isinstance(x, torch.Tensor) else batch["control"][-1]
+            for x, batch in zip(kept, expected, strict=True)
+        ]
+
+
+def test_memory_of_dropped_batches_is_used_again(tmp_path):
+    store, splits = make(tmp_path)
+    module = PerturbationDataModule(store, splits, data=DATA, cell_set_len=8, batch_size=3, seed=0)
+    dropped = {batch["control"].data_ptr() for batch in module.loader("train")}
+    kept = list(module.loader("train"))
+    assert len({batch["control"].data_ptr() for batch in kept}) == len(kept) > 10
+    assert len(dropped) <= 4
+
+
 def test_validation_and_test_cover_their_split_in_a_fixed_order(tmp_path):
     store, splits = make(tmp_path, HELD_OUT)
     options = {"cell_set_len": 8, "batch_size": 3, "seed": 0}

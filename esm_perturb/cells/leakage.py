@@ -146,15 +146,17 @@ def _cell_checks(names: np.ndarray, hashes: np.ndarray | None, train: np.ndarray
     ours, theirs = np.setdiff1d(train, test), np.setdiff1d(test, train)
     shared = theirs[pd.Index(names[theirs]).isin(names[ours])]
     if hashes is None:
-        return [_row("cell names", between, names[shared], len(theirs), "warning", "check that these are other cells")]
+        by_name = _row("cell names", between, names[shared], len(theirs), "warning", "check that these are other cells")
+        unknown = _row("cells", between, [], 0, "info", "")
+        return [unknown | {"what_to_do": "expression was not compared"}, by_name]
     known = set(hashes[ours]) - {None}
     twins = theirs[pd.Index(hashes[theirs], dtype=object).isin(known)]
-    remedy = "remove one copy of each cell"
+    others = np.setdiff1d(shared, twins)
+    sparse = any(hashes[row] is None for row in others)
+    told = ("warning", "check these: some have too few values to compare") if sparse else ("info", "none: they differ")
     return [
-        _row("cells", between, names[twins], len(theirs), "error", remedy),
-        _row(
-            "cell names", between, names[np.setdiff1d(shared, twins)], len(theirs), "info", "none: expression differs"
-        ),
+        _row("cells", between, names[twins], len(theirs), "error", "remove one copy of each cell"),
+        _row("cell names", between, names[others], len(theirs), *told),
     ]
 
 # %% ../../nbs/cells/13_leakage.ipynb #guide-checks

@@ -22,7 +22,7 @@ from esm_perturb.cells.hard_splits import (
 )
 from .reading import check_control, dataset_files, label_cells, open_cells, read_frame
 from .split_file import canonical_perturbation, parse_perturbation, read_datasets, read_split_toml
-from .split_writer import GeneratedSplit, chosen_contexts, condition_table
+from .split_writer import GeneratedSplit, check_replaceable, chosen_contexts, condition_table
 from .splits import assign_splits
 from ..core.config import DataKwargs, InputError, nearest
 from ..core.files import atomic_path
@@ -307,7 +307,7 @@ def make_split(
     toml
         A file with the data sets under `[datasets]`; its other tables, if any, do not count.
     path
-        The file to write; one that is there is replaced.
+        The `.toml` file to write; one that is there is replaced if it was drawn as well.
     data
         Columns, control label, `share_controls`.
     val, test
@@ -339,6 +339,7 @@ def make_split(
     options = {"seed": seed, "cell_types": tuple(cell_types), "val_cell_types": tuple(val_cell_types), "seen": seen}
     given = _given(kind, options | {"families": families, "vectors": vectors, "unknown": unknown})
     datasets = read_datasets(toml)
+    check_replaceable(path)
     if Path(path).resolve() == Path(toml).expanduser().resolve():
         raise InputError(f"The split would replace '{toml}', from which it is made; write it elsewhere.")
     obs, spellings = read_labels(datasets, data)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import esm_perturb
 from .disk_matrix import DiskMatrix, MatrixPart, open_matrix
 from .joining import check_settings, file_state, join, open_sources
-from .prepared import baked_settings, fingerprint
+from .prepared import baked_settings, fingerprint, read_record
 from .split_file import SplitSpec
 from .splits import Splits, assign_splits
 from .store import CellStore
@@ -283,8 +283,8 @@ def prepare(
     data
         Columns, control label, scale, `target_sum`, `embed_key`: baked in.
     output
-        An `.h5ad`, or a `.zarr` for object stores. It appears whole or not at all; a file of that name is replaced. A
-        process that is killed outright leaves a hidden temporary file beside it.
+        An `.h5ad`, or a `.zarr` for object stores. It appears whole or not at all; a prepared file of that name is
+        replaced. A process that is killed outright leaves a hidden temporary file beside it.
     genes
         Names of the genes to keep, in their order; a number of variable genes, chosen on the training cells of `spec`;
         or None for all. Counts are normalised over all genes of the sources in any case.
@@ -310,6 +310,11 @@ def prepare(
     sources = open_sources(spec.datasets, data)
     if output.resolve() in [source.path.resolve() for source in sources]:
         raise InputError(f"'{output}' is a source; choose another file to write.")
+    if output.exists():
+        try:
+            read_record(output)
+        except InputError as error:
+            raise InputError(f"'{output}' is there and is no prepared file; choose another file to write.") from error
     joined = join(sources, data, in_memory=False)
     names, how, chose = _chosen(joined, spec, data, genes, seed)
     X = joined.X if genes is None else _with_genes(joined.X, pd.Index(joined.gene_names).get_indexer(names))

@@ -27,8 +27,13 @@ def _expand_braces(pattern: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
-    choices = match.group(1).split(",")
+    choices = [choice.strip() for choice in match.group(1).split(",")]
     return [p for c in choices for p in _expand_braces(pattern[: match.start()] + c + pattern[match.end() :])]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of cells in a folder; a `.zarr` is one itself."""
+    return [folder] if folder.suffix == ".zarr" else [f for f in folder.iterdir() if f.suffix in _SUFFIXES]
 
 
 def dataset_files(path: str | Path) -> list[Path]:
@@ -42,16 +47,21 @@ def dataset_files(path: str | Path) -> list[Path]:
     Raises
     ------
     MissingFileError
-        When nothing is there.
+        When nothing is there, or nothing for one of the choices in braces.
     """
     path = Path(path).expanduser()
     if path.is_file() or (path.is_dir() and path.suffix == ".zarr"):
         return [path]
     if path.is_dir():
-        found = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
+        found = _inside(path)
     else:
         anchor = Path(path.anchor)
-        found = [file for p in _expand_braces(str(path)[len(path.anchor) :]) for file in anchor.glob(p)]
+        matches = {p: list(anchor.glob(p)) for p in _expand_braces(str(path)[len(path.anchor) :])}
+        found = [file for files in matches.values() for file in files]
+        for pattern, files in matches.items():
+            if found and not files:
+                raise MissingFileError(f"Data '{path}': nothing matches '{anchor / pattern}'.")
+        found = [inner for file in found for inner in (_inside(file) if file.is_dir() else [file])]
     if not found:
         siblings = [str(file.name) for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise MissingFileError(
@@ -99,7 +109,13 @@ def _read_element(group, key: str, path: Path):
     """One element of a file, for example `obs` or `obsm/X_hvg`."""
     from anndata.io import read_elem
 
-    element = read_elem(group[key]) if key in group else None
+    try:
+        element = read_elem(group[key]) if key in group else None
+    except (OSError, ValueError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"'{key}' of '{path}' cannot be read ({said}); the file is damaged, get or make it again."
+        ) from error
     if element is None:
         raise InputError(f"'{path}' has no '{key}'; is it an AnnData file with cells in it?")
     return element

@@ -6,6 +6,7 @@
 __all__ = ['OBS_COLUMNS', 'Splits', 'assign_splits', 'split_overlap']
 
 # %% ../../nbs/cells/10_splits.ipynb #af2d3012
+import hashlib
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ from esm_perturb.cells.split_file import (
     read_split_toml,
 )
 from ..core.config import InputError, nearest
-from ..core.files import sha256_text
 
 # %% ../../nbs/cells/10_splits.ipynb #splits
 OBS_COLUMNS = ("dataset", "cell_type", "perturbation", "batch", "modality")
@@ -61,17 +61,21 @@ class Splits:
 
     def indices(self, split: str) -> np.ndarray:
         """Row numbers (int64, sorted) of all cells of the split, perturbed and control."""
-        return np.union1d(np.flatnonzero(self.labels == split), self.control_indices(split))
+        inside = self.labels == split
+        inside[self.control_indices(split)] = True
+        return np.flatnonzero(inside)
 
     def perturbed_indices(self, split: str) -> np.ndarray:
         """Row numbers (int64, sorted) of the split's perturbed cells."""
-        return np.setdiff1d(np.flatnonzero(self.labels == split), self.control_indices(split), assume_unique=True)
+        inside = self.labels == split
+        inside[self.control_indices(split)] = False
+        return np.flatnonzero(inside)
 
 # %% ../../nbs/cells/10_splits.ipynb #contexts
 def _contexts(obs: pd.DataFrame) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Context number of every cell (n_cells,), and the sorted (data set, cell type) pairs that they number."""
     grouped = obs.groupby(["dataset", "cell_type"], sort=True, observed=True)
-    return grouped.ngroup().to_numpy(), [(str(dataset), str(cell_type)) for dataset, cell_type in grouped.groups]
+    return grouped.ngroup().to_numpy(), [(str(dataset), str(cell_type)) for dataset, cell_type in grouped.size().index]
 
 
 def _find_context(key: tuple[str, str], contexts: Collection[tuple[str, str]], path: str) -> tuple[str, str]:
@@ -241,41 +245,37 @@ def _control_rows(obs: pd.DataFrame, labels: np.ndarray, is_control: np.ndarray)
     return rows
 
 # %% ../../nbs/cells/10_splits.ipynb #count
-def _count(obs: pd.DataFrame, rows: np.ndarray, controls: np.ndarray) -> dict[str, int]:
-    """Cells, perturbations, contexts and controls of some rows."""
-    part = obs.iloc[rows]
-    return {
-        "cells": len(rows),
-        "perturbations": part["perturbation"].nunique(),
-        "contexts": len(part[["dataset", "cell_type"]].drop_duplicates()),
-        "controls": len(controls),
-    }
+def _count(name: np.ndarray, rows: np.ndarray, controls: np.ndarray) -> dict[str, int]:
+    """Cells, perturbations and controls of some rows; `name` is the number of each cell's perturbation."""
+    return {"cells": len(rows), "perturbations": len(np.unique(name[rows])), "controls": len(controls)}
 
 
 def _summarise(
     obs: pd.DataFrame, labels: np.ndarray, is_control: np.ndarray, controls: Mapping[str, np.ndarray], how: Mapping
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table per split, and the table per split and context."""
-    code, contexts = _contexts(obs)
+    (code, contexts), name = _contexts(obs), pd.factorize(obs["perturbation"])[0]
     table, by_context = [], []
     for split in (*SPLITS, "unused"):
         rows = np.flatnonzero(~is_control & (labels == split))
         own = controls.get(split, np.flatnonzero(is_control & (labels == split)))
         if split in SPLITS or len(rows) or len(own):
-            table.append({"split": split, **_count(obs, rows, own), "chosen": how[split]})
-        for number in np.unique(code[np.union1d(rows, own)]):
+            counts = _count(name, rows, own)
+            controls_last = {"contexts": len(np.unique(code[rows])), "controls": counts.pop("controls")}
+            table.append({"split": split, **counts, **controls_last, "chosen": how[split]})
+        for number in np.flatnonzero(np.bincount(code[np.concatenate([rows, own])], minlength=len(contexts))):
             here, own_here = rows[code[rows] == number], own[code[own] == number]
-            counts = _count(obs, here, own_here)
-            counts.pop("contexts")
             dataset, cell_type = contexts[number]
+            counts = _count(name, here, own_here)
             by_context.append({"split": split, "dataset": dataset, "cell_type": cell_type, **counts})
     return pd.DataFrame(table).set_index("split"), pd.DataFrame(by_context)
 
 # %% ../../nbs/cells/10_splits.ipynb #split-hash
 def _split_hash(obs: pd.DataFrame, labels: np.ndarray) -> str:
-    """SHA-256 over sorted lines of data set, cell type, cell, perturbation and label; row order does not matter."""
-    columns = [obs["dataset"], obs["cell_type"], obs.index, obs["perturbation"], labels]
-    return sha256_text("\n".join(sorted("\t".join(line) for line in zip(*columns, strict=True))))
+    """SHA-256 over the cells' own hashes (data set, cell type, name, perturbation, label), sorted: in any row order."""
+    columns = {name: obs[name].to_numpy() for name in ("dataset", "cell_type", "perturbation")}
+    cells = pd.util.hash_pandas_object(pd.DataFrame({**columns, "cell": obs.index, "label": labels}), index=False)
+    return hashlib.sha256(np.sort(cells.to_numpy()).tobytes()).hexdigest()
 
 
 def _check_obs(obs: pd.DataFrame, control: str) -> np.ndarray:

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 
 from ..cells.leakage import Leakage, audit_leakage
+from ..cells.prepare import check_gene_selection
 from ..cells.split_file import SplitSpec, parse_perturbation, read_split_toml
 from ..cells.splits import Splits, assign_splits
 from ..cells.store import CellStore
@@ -103,7 +104,7 @@ def _check_not_negative(config: RunConfig) -> None:
             raise InputError(f"Setting '{path}' must be 0 or more, found {value}.")
 
 
-_MOST_HASHED = 250_000  # cells in memory whose expression is compared, not their names alone: seconds
+_MOST_HASHED = 250_000  # cells whose expression is compared, not their names alone: that takes seconds
 
 
 def audit(
@@ -120,7 +121,7 @@ def audit(
     if coverage is not None:  # stand-ins for genes without an embedding are no sign of one gene
         unknown = set(coverage.missing)
         found = {gene: vector for gene, vector in found.items() if gene not in unknown}
-    rows = store.rows if store.in_memory and len(store) <= _MOST_HASHED else None
+    rows = store.rows if len(store) <= _MOST_HASHED else None
     strict = config.data.kwargs.strict_zero_shot
     return audit_leakage(store.obs, splits, sequences=sequences, vectors=found, rows=rows, strict=strict)
 
@@ -171,6 +172,7 @@ def prepare(config: RunConfig) -> Prepared:
         seed=config.training.seed,
         ignore=set(dropped["perturbation"]),
     )
+    check_gene_selection(store, splits)
     trained = store.obs["perturbation"].to_numpy()[splits.perturbed_indices("train")]
     train_genes = sorted({gene for label in set(trained) for gene in parse_perturbation(label)})
     record = {} if table is None else table[0].record

@@ -128,10 +128,10 @@ def _check(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="esm-perturb check", description="show what a file of cells or gene embeddings holds", allow_abbrev=False
     )
-    parser.add_argument("file", help="cells (.h5ad), or gene embeddings (.pt, .safetensors, .parquet, .npz)")
+    parser.add_argument("file", help="cells (.h5ad, .zarr), or gene embeddings (.pt, .safetensors, .parquet, .npz)")
     parser.add_argument("--fasta", default="", help="proteins of the genes, to find names permuted against vectors")
     told = parse(parser, words)
-    if Path(told["file"]).suffix == ".h5ad":
+    if Path(told["file"]).suffix in (".h5ad", ".zarr"):
         print(to_json(inspect_h5ad(told["file"])))
         return
     embeddings = GeneEmbeddings.load(told["file"])
@@ -295,6 +295,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except PipelineError as error:
         print(f"esm-perturb: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        print(
+            f"esm-perturb: {where}{error.strerror or error}; is the path right, and room on its disk?", file=sys.stderr
+        )
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("\nesm-perturb: interrupted; finished stages are kept", file=sys.stderr)
         raise SystemExit(130) from None
