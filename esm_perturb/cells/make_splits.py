@@ -339,9 +339,9 @@ def make_split(
     options = {"seed": seed, "cell_types": tuple(cell_types), "val_cell_types": tuple(val_cell_types), "seen": seen}
     given = _given(kind, options | {"families": families, "vectors": vectors, "unknown": unknown})
     datasets = read_datasets(toml)
-    check_replaceable(path)
     if Path(path).resolve() == Path(toml).expanduser().resolve():
         raise InputError(f"The split would replace '{toml}', from which it is made; write it elsewhere.")
+    check_replaceable(path)
     obs, spellings = read_labels(datasets, data)
     split = _DRAW[kind](obs, control=data.control_pert, val=val, test=test, **given)
     split = replace(split, record=split.record | dict(origin or {}))
