@@ -7,13 +7,11 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
 import scipy.sparse
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esm_perturb.cells.data_module import PerturbationDataModule, SetSampler, group_cells
+from esm_perturb.cells.data_module import PerturbationDataModule
 from esm_perturb.cells.expression import dense_rows, detect_scale
 from esm_perturb.cells.inspection import inspect_h5ad
 from esm_perturb.cells.splits import (
@@ -309,174 +307,12 @@ def test_the_same_gene_by_two_modalities_is_two_conditions():
     assert len(store.controls(stat1[0])) == (adata.obs["gene"] == CONTROL).sum()
 
 
-# ---- sets
-
-
-def cells_of(batches):
-    return [cell for batch in batches for cell_set in batch for cell in cell_set.cells.tolist() if cell >= 0]
-
-
-def test_sets_of_one_cell_that_no_equal_shares_can_hold_are_refused(tmp_path):
-    store, splits = in_memory(make_adata(n=120), tmp_path, HEAD)
-    groups = group_cells(store, splits, "train", basal="random")
-    cells = len(splits.perturbed_indices("train"))
-    world_size = next(n for n in (2, 3, 4, 5) if cells % n)
-    with pytest.raises(InputError, match="equal shares need; use fewer processes"):
-        SetSampler(groups, cell_set_len=1, batch_size=1, seed=0, world_size=world_size)
-    assert len(SetSampler(groups, cell_set_len=1, batch_size=1, seed=0)) == cells
-
-
 def test_a_test_gene_that_trains_in_a_combination_is_listed(tmp_path):
     text = HEAD + '[fewshot."screen.1.k562"]\nval = ["TP53"]\ntest = ["STAT1"]\n'
     store, splits = in_memory(make_adata(), tmp_path, text)
     audit = split_overlap(store.obs, splits)
     assert audit["perturbation"].tolist() == ["STAT1"]
     assert audit["parts_trained"].item() == "STAT1+TP53"
-
-
-@given(
-    seed=st.integers(0, 1000),
-    cell_set_len=st.integers(2, 40),
-    batch_size=st.integers(1, 9),
-    world_size=st.integers(1, 4),
-    basal=st.sampled_from(["random", "batch"]),
-    resample=st.booleans(),
-)
-@settings(deadline=None, max_examples=25, derandomize=True)
-def test_an_epoch_shows_every_training_cell_once(
-    tmp_path_factory, seed, cell_set_len, batch_size, world_size, basal, resample
-):
-    store, splits = in_memory(make_adata(seed, n=120), tmp_path_factory.mktemp("toml"), HEAD, seed=seed)
-    groups = group_cells(store, splits, "train", basal=basal)
-    ranks = [
-        SetSampler(
-            groups,
-            cell_set_len=cell_set_len,
-            batch_size=batch_size,
-            seed=seed,
-            resample=resample,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    batches = [list(rank) for rank in ranks]
-    assert {len(one) for one in batches} == {len(ranks[0])}
-    assert all(1 <= len(batch) <= batch_size for one in batches for batch in one)
-    shown = [set(cells_of(one)) for one in batches]
-    assert sum(map(len, shown)) == len(set().union(*shown)), "ranks share cells"
-    assert sorted(set().union(*shown)) == splits.perturbed_indices("train").tolist()
-    if not resample:
-        assert sum(len(cells_of(one)) for one in batches) == len(splits.perturbed_indices("train"))
-    controls = set(splits.control_indices("train"))
-    obs, columns = store.obs, ["dataset", "cell_type", "perturbation", "modality"]
-    for cell_set in (cell_set for one in batches for batch in one for cell_set in batch):
-        members, beside = cell_set.cells[cell_set.cells >= 0], cell_set.controls[cell_set.controls >= 0]
-        assert len(members) == len(beside) and (len(members) == cell_set_len or not resample)
-        labels = obs.iloc[members][columns].drop_duplicates()
-        assert [tuple(row) for row in labels.to_numpy()] == [groups.conditions[cell_set.group]]
-        assert set(beside) <= controls
-        assert set(obs["cell_type"].iloc[beside]) == set(labels["cell_type"])
-        if basal == "batch":
-            assert obs["batch"].iloc[members].nunique() == 1
-            same = {
-                row
-                for row in controls
-                if obs.iloc[row][["cell_type", "batch"]].equals(obs.iloc[members[0]][["cell_type", "batch"]])
-            }
-            assert set(beside) <= same or not same
-
-
-def test_an_epoch_depends_on_nothing_but_seed_and_epoch(screen):
-    store, spec = screen
-    splits = assign_splits(store.obs, spec, control=CONTROL)
-    groups = group_cells(store, splits, "train")
-    options = {"cell_set_len": 8, "batch_size": 2, "seed": 3}
-    old = SetSampler(groups, **options)
-    epochs = []
-    for epoch in range(4):
-        old.set_epoch(epoch)
-        epochs.append(list(old))
-    sets = [{frozenset(s.cells.tolist()) for batch in epoch for s in batch} for epoch in epochs]
-    assert all(not a & b or len(a & b) < len(a) / 2 for a, b in zip(sets, sets[1:], strict=False))
-    torch.manual_seed(0)
-    fresh = SetSampler(groups, **options)
-    fresh.set_epoch(3)
-    fresh.set_start(2)
-    for ours, expected in zip(list(fresh), epochs[3][2:], strict=True):
-        for a, b in zip(ours, expected, strict=True):
-            assert (a.cells == b.cells).all() and (a.controls == b.controls).all() and a.group == b.group
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_the_cells_that_were_chosen(tmp_path, sparse, workers):
-    store, splits = in_memory(make_adata(sparse=sparse), tmp_path, HELD_OUT)
-    data = DataKwargs(num_workers=workers)
-    module = PerturbationDataModule(store, splits, data=data, cell_set_len=8, batch_size=3, seed=0)
-    whole = store.rows(np.arange(len(store)))
-    for split in ("train", "val", "test"):
-        loader = module.loader(split)
-        for sets, batch in zip(list(loader.batch_sampler), loader, strict=True):
-            if split == "train":
-                assert batch["control"].shape == (len(sets), 8, 15)
-            for number, cell_set in enumerate(sets):
-                condition = module.groups[split].conditions[cell_set.group]
-                assert batch["perturbation"][number] == condition.perturbation
-                assert batch["cell_type"][number] == condition.cell_type
-                for place in range(batch["mask"].shape[1]):
-                    row, control = cell_set.cells[place], cell_set.controls[place]
-                    assert bool(batch["mask"][number, place]) == (row >= 0)
-                    zeros = np.zeros(15, np.float32)
-                    assert (batch["perturbed"][number, place].numpy() == (whole[row] if row >= 0 else zeros)).all()
-                    assert (batch["control"][number, place].numpy() == (whole[control] if row >= 0 else zeros)).all()
-
-
-class Recorder(pl.LightningModule):
-    """Remembers the sum of every batch; learns nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen = {}
-
-    def training_step(self, batch):
-        self.seen.setdefault(self.current_epoch, []).append(batch["perturbed"].sum((1, 2)).tolist())
-        return (self.weight * batch["control"].mean()).sum()
-
-    def validation_step(self, batch):
-        self.seen.setdefault("val", []).append(batch["perturbed"].sum().item())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-@pytest.mark.parametrize("val_fraction", [0.4, 0.0])
-def test_lightning_reshuffles_every_epoch(tmp_path, val_fraction):
-    store, splits = in_memory(make_adata(), tmp_path, HEAD, val_fraction=val_fraction)
-    module = PerturbationDataModule(store, splits, data=DATA, cell_set_len=8, batch_size=4, seed=0)
-    model = Recorder()
-    trainer = pl.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, module)
-    flat = [np.concatenate(model.seen[epoch]) for epoch in range(3)]
-    assert len(model.seen[0]) == len(module.train_dataloader())
-    for a, b in zip(flat, flat[1:], strict=False):
-        assert np.isclose(a.sum(), b.sum(), rtol=1e-5), "the same cells in every epoch"
-        assert not np.allclose(np.sort(a), np.sort(b)), "in other sets"
-    if val_fraction:
-        val = np.array(model.seen["val"]).reshape(3, -1)
-        assert (val == val[0]).all()
-    else:
-        assert "val" not in model.seen
 
 
 # ---- real data

@@ -84,7 +84,7 @@ def test_dependencies_point_one_way(path):
 def test_the_search_for_imports_finds_them():
     """Both spellings of an import, and those inside functions; otherwise the test above could not fail."""
     assert imported_rooms(PACKAGE / "models" / "training.py") >= {"core", "cells", "proteins"}
-    assert "evaluation" in imported_rooms(PACKAGE / "workflow" / "pipelines.py")
+    assert "evaluation" in imported_rooms(PACKAGE / "workflow" / "runs.py")
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES} == set(MAY_IMPORT)
 
 

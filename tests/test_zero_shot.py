@@ -29,7 +29,7 @@ def compare_arms(folder: str, seed: int, family_effect: bool) -> dict:
     from esm_perturb.models.training import prepare, train
     from esm_perturb.proteins.embed import embed_sequences
     from esm_perturb.proteins.esm2 import ESM2
-    from esm_perturb.workflow.pipelines import predict_run, split_store
+    from esm_perturb.workflow.runs import predict_run, split_store
 
     torch.set_num_threads(1)
     screen = simulate(SimulationConfig(seed=seed, family_effect=family_effect))

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['inspect_h5ad']
 
-# %% ../../nbs/cells/17_inspection.ipynb #4cd36030
+# %% ../../nbs/cells/17_inspection.ipynb #35538aa3
 from pathlib import Path
 
 import pandas as pd
 
-from .expression import detect_scale
-from .reading import control_like, dataset_files, obsm_shapes, open_cells, read_frame, read_matrix
+from .disk_matrix import open_matrix
+from .expression import ValueRange
+from .reading import control_like, dataset_files, matrix_key, obsm_shapes, open_cells, read_frame
+from ..core.config import InputError
 
 # %% ../../nbs/cells/17_inspection.ipynb #suggested
 _USUAL = {
@@ -72,7 +74,7 @@ def inspect_h5ad(path: str | Path) -> dict:
     Parameters
     ----------
     path
-        An `.h5ad` or `.zarr`. The whole matrix is read.
+        An `.h5ad` or `.zarr`. Every value is looked at, a block at a time.
 
     Returns
     -------
@@ -83,13 +85,18 @@ def inspect_h5ad(path: str | Path) -> dict:
     Raises
     ------
     InputError
-        When the file is missing or is not AnnData.
+        When the file is missing or is not AnnData, or a value is NaN or infinite.
     """
     path = dataset_files(path)[0]
     with open_cells(path) as group:
-        obs = read_frame(group, "obs", path)
-        X, genes = read_matrix(group, path, None)
+        obs, genes = read_frame(group, "obs", path), read_frame(group, "var", path).index.astype(str).tolist()
+        key = matrix_key(group, path, None)
         obsm = obsm_shapes(group, path)
+    matrix, seen = open_matrix(path, key), ValueRange()
+    for _, block in matrix.blocks():
+        seen.add(block.data if matrix.storage != "dense" else block)
+    if seen.not_finite:
+        raise InputError(f"'{path}' holds {seen.not_finite} NaN or infinite values; remove those cells or genes.")
     suggested = _suggested(obs)
     columns = [
         {
@@ -105,9 +112,9 @@ def inspect_h5ad(path: str | Path) -> dict:
         "n_cells": len(obs),
         "n_genes": len(genes),
         "genes": genes[:5],
-        "storage": getattr(X, "format", "dense"),
-        "dtype": str(X.dtype),
-        "scale": detect_scale(X),
+        "storage": matrix.storage,
+        "dtype": str(matrix.dtype),
+        "scale": seen.scale,
         "obsm": obsm,
         "columns": columns,
         "suggested": suggested,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OBS_COLUMNS', 'Splits', 'assign_splits', 'split_overlap']
 
-# %% ../../nbs/cells/10_splits.ipynb #7f9b0009
+# %% ../../nbs/cells/10_splits.ipynb #af2d3012
+import hashlib
 import zlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,8 @@ from esm_perturb.cells.split_file import (
     read_split_toml,
 )
 from ..core.config import InputError, nearest
-from ..core.files import sha256_text
 
-# %% ../../nbs/cells/10_splits.ipynb #splits-2
+# %% ../../nbs/cells/10_splits.ipynb #splits
 OBS_COLUMNS = ("dataset", "cell_type", "perturbation", "batch", "modality")
 
 
@@ -61,32 +61,52 @@ class Splits:
 
     def indices(self, split: str) -> np.ndarray:
         """Row numbers (int64, sorted) of all cells of the split, perturbed and control."""
-        return np.union1d(np.flatnonzero(self.labels == split), self.control_indices(split))
+        inside = self.labels == split
+        inside[self.control_indices(split)] = True
+        return np.flatnonzero(inside)
 
     def perturbed_indices(self, split: str) -> np.ndarray:
         """Row numbers (int64, sorted) of the split's perturbed cells."""
-        return np.setdiff1d(np.flatnonzero(self.labels == split), self.control_indices(split), assume_unique=True)
+        inside = self.labels == split
+        inside[self.control_indices(split)] = False
+        return np.flatnonzero(inside)
 
 # %% ../../nbs/cells/10_splits.ipynb #contexts
 def _contexts(obs: pd.DataFrame) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Context number of every cell (n_cells,), and the sorted (data set, cell type) pairs that they number."""
     grouped = obs.groupby(["dataset", "cell_type"], sort=True, observed=True)
-    return grouped.ngroup().to_numpy(), [(str(dataset), str(cell_type)) for dataset, cell_type in grouped.groups]
+    return grouped.ngroup().to_numpy(), [(str(dataset), str(cell_type)) for dataset, cell_type in grouped.size().index]
 
 
-def _check_contexts(spec: SplitSpec, contexts: Collection[tuple[str, str]]) -> None:
-    """Refuse data sets and cell types of the file that no cell has."""
+def _find_context(key: tuple[str, str], contexts: Collection[tuple[str, str]], path: str) -> tuple[str, str]:
+    """The context that a (data set, cell type) of the file means."""
+    found = [context for context in contexts if ".".join(context) == ".".join(key)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        (one, its), (other, others) = found[:2]
+        raise InputError(
+            f"Key '{'.'.join(key)}' in {path} means both cell type '{its}' of data set '{one}' and '{others}' of "
+            f"'{other}'; rename a data set."
+        )
+    types = [cell_type for dataset, cell_type in contexts if dataset == key[0]]
+    raise InputError(
+        f"Cell type '{key[1]}' named in {path} is not in data set '{key[0]}'{nearest(key[1], types)}; "
+        f"cell types: {', '.join(types[:10])}{', …' * (len(types) > 10)}."
+    )
+
+
+def _resolved(spec: SplitSpec, contexts: Collection[tuple[str, str]]) -> SplitSpec:
+    """The same file with its keys as contexts; refuses data sets and cell types that no cell has."""
     present = {dataset for dataset, _ in contexts}
     for dataset in spec.datasets:
         if dataset not in present:
             raise InputError(f"Data set '{dataset}' of {spec.path} has no cell.")
-    for dataset, cell_type in [*spec.zeroshot, *spec.fewshot]:
-        types = [other for name, other in contexts if name == dataset]
-        if cell_type not in types:
-            raise InputError(
-                f"Cell type '{cell_type}' named in {spec.path} is not in data set '{dataset}'"
-                f"{nearest(cell_type, types)}; cell types: {', '.join(types[:10])}{', …' * (len(types) > 10)}."
-            )
+    tables = [
+        {_find_context(key, contexts, spec.path): value for key, value in table.items()}
+        for table in (spec.zeroshot, spec.fewshot)
+    ]
+    return replace(spec, zeroshot=tables[0], fewshot=tables[1])
 
 # %% ../../nbs/cells/10_splits.ipynb #fewshot-map
 def _fewshot_map(
@@ -120,7 +140,7 @@ def _fewshot_map(
 def _label_perturbed(obs: pd.DataFrame, spec: SplitSpec, *, control: str, ignore: Collection[str]) -> np.ndarray:
     """Label of every cell as the file says, (n_cells,) of str; controls carry their context's own label for now."""
     code, contexts = _contexts(obs)
-    _check_contexts(spec, contexts)
+    spec = _resolved(spec, contexts)
     home = [spec.zeroshot.get(c, "train" if c in spec.fewshot or c[0] in spec.training else "unused") for c in contexts]
     labels = np.array(home, dtype=object)[code]
     perturbation = obs["perturbation"].to_numpy()
@@ -135,6 +155,13 @@ def _label_perturbed(obs: pd.DataFrame, spec: SplitSpec, *, control: str, ignore
         if context in spec.fewshot:
             named = _fewshot_map(spec, context, present, control=control, ignore=ignore)
             labels[cells] = perturbed.map(named).fillna("train").to_numpy(dtype=object)
+    trains = set(obs["dataset"].to_numpy()[(labels == "train") & (perturbation != control)])
+    for dataset in spec.training:
+        if dataset not in trains:
+            raise InputError(
+                f"Data set '{dataset}' is under [training] in {spec.path}, but no perturbed cell of it trains; "
+                "hold out less of it, or take it from [training]."
+            )
     return labels
 
 # %% ../../nbs/cells/10_splits.ipynb #hold-out-validation
@@ -218,41 +245,37 @@ def _control_rows(obs: pd.DataFrame, labels: np.ndarray, is_control: np.ndarray)
     return rows
 
 # %% ../../nbs/cells/10_splits.ipynb #count
-def _count(obs: pd.DataFrame, rows: np.ndarray, controls: np.ndarray) -> dict[str, int]:
-    """Cells, perturbations, contexts and controls of some rows."""
-    part = obs.iloc[rows]
-    return {
-        "cells": len(rows),
-        "perturbations": part["perturbation"].nunique(),
-        "contexts": len(part[["dataset", "cell_type"]].drop_duplicates()),
-        "controls": len(controls),
-    }
+def _count(name: np.ndarray, rows: np.ndarray, controls: np.ndarray) -> dict[str, int]:
+    """Cells, perturbations and controls of some rows; `name` is the number of each cell's perturbation."""
+    return {"cells": len(rows), "perturbations": len(np.unique(name[rows])), "controls": len(controls)}
 
 
 def _summarise(
     obs: pd.DataFrame, labels: np.ndarray, is_control: np.ndarray, controls: Mapping[str, np.ndarray], how: Mapping
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table per split, and the table per split and context."""
-    code, contexts = _contexts(obs)
+    (code, contexts), name = _contexts(obs), pd.factorize(obs["perturbation"])[0]
     table, by_context = [], []
     for split in (*SPLITS, "unused"):
         rows = np.flatnonzero(~is_control & (labels == split))
         own = controls.get(split, np.flatnonzero(is_control & (labels == split)))
         if split in SPLITS or len(rows) or len(own):
-            table.append({"split": split, **_count(obs, rows, own), "chosen": how[split]})
-        for number in np.unique(code[np.union1d(rows, own)]):
+            counts = _count(name, rows, own)
+            controls_last = {"contexts": len(np.unique(code[rows])), "controls": counts.pop("controls")}
+            table.append({"split": split, **counts, **controls_last, "chosen": how[split]})
+        for number in np.flatnonzero(np.bincount(code[np.concatenate([rows, own])], minlength=len(contexts))):
             here, own_here = rows[code[rows] == number], own[code[own] == number]
-            counts = _count(obs, here, own_here)
-            counts.pop("contexts")
             dataset, cell_type = contexts[number]
+            counts = _count(name, here, own_here)
             by_context.append({"split": split, "dataset": dataset, "cell_type": cell_type, **counts})
     return pd.DataFrame(table).set_index("split"), pd.DataFrame(by_context)
 
 # %% ../../nbs/cells/10_splits.ipynb #split-hash
 def _split_hash(obs: pd.DataFrame, labels: np.ndarray) -> str:
-    """SHA-256 over sorted lines of data set, cell type, cell, perturbation and label; row order does not matter."""
-    columns = [obs["dataset"], obs["cell_type"], obs.index, obs["perturbation"], labels]
-    return sha256_text("\n".join(sorted("\t".join(line) for line in zip(*columns, strict=True))))
+    """SHA-256 over the cells' own hashes (data set, cell type, name, perturbation, label), sorted: in any row order."""
+    columns = {name: obs[name].to_numpy() for name in ("dataset", "cell_type", "perturbation")}
+    cells = pd.util.hash_pandas_object(pd.DataFrame({**columns, "cell": obs.index, "label": labels}), index=False)
+    return hashlib.sha256(np.sort(cells.to_numpy()).tobytes()).hexdigest()
 
 
 def _check_obs(obs: pd.DataFrame, control: str) -> np.ndarray:
@@ -261,10 +284,16 @@ def _check_obs(obs: pd.DataFrame, control: str) -> np.ndarray:
         if column not in obs:
             hint = nearest(column, obs.columns)
             raise InputError(f"Column '{column}' is not in obs{hint}; it needs {', '.join(OBS_COLUMNS)}.")
+        if obs[column].isna().any():
+            raise InputError(f"{obs[column].isna().sum()} cells have no value in column '{column}' of obs; fill it.")
     is_control = obs["perturbation"].to_numpy() == control
     if not is_control.any():
         hint = nearest(control, obs["perturbation"].unique())
         raise InputError(f"No cell carries the control label '{control}'{hint}; set data.kwargs.control_pert.")
+    for name in obs["perturbation"].unique():
+        spelling = canonical_perturbation(name, control=control)
+        if spelling != name:
+            raise InputError(f"Perturbation '{name}' in obs must be spelt '{spelling}', or the file would miss it.")
     return is_control
 
 # %% ../../nbs/cells/10_splits.ipynb #assign-splits
@@ -349,16 +378,19 @@ def split_overlap(obs: pd.DataFrame, splits: Splits) -> pd.DataFrame:
     here = train.groupby(["dataset", "cell_type", "perturbation"], observed=True).size().to_dict()
     elsewhere = train[["perturbation", "dataset", "cell_type", "modality"]].drop_duplicates()
     elsewhere = {name: rows.iloc[:, 1:].to_numpy() for name, rows in elsewhere.groupby("perturbation", observed=True)}
-    parts = {part for name in elsewhere for part in parse_perturbation(name)}
+    with_part: dict[str, list[str]] = {}
+    for name in elsewhere:
+        for part in parse_perturbation(name):
+            with_part.setdefault(part, []).append(name)
     keys = ["dataset", "cell_type", "perturbation", "modality"]
     rows = []
     for key, n_cells in test.groupby(keys, observed=True).size().items():
         dataset, cell_type, name, _ = key
         others = [f"{d}/{c} ({m})" for d, c, m in elsewhere.get(name, ()) if (d, c) != (dataset, cell_type)]
         if "+" in name:
-            trained = [part for part in parse_perturbation(name) if part in parts]
+            trained = [part for part in parse_perturbation(name) if part in with_part]
         else:
-            trained = [other for other in elsewhere if other != name and name in parse_perturbation(other)]
+            trained = [other for other in with_part.get(name, ()) if other != name]
         counts = (n_cells, here.get((dataset, cell_type, name), 0), ", ".join(others), ", ".join(trained))
         rows.append((*key, *counts, shared.get((dataset, cell_type), 0)))
     columns = ["test_cells", "train_cells", "trained_elsewhere", "parts_trained", "shared_controls"]

@@ -66,6 +66,7 @@ class DataKwargs:
     cell_type_key: str | None = "cell_type"
     batch_col: str | None = "gem_group"
     modality_col: str | None = None  # CRISPRi, CRISPRa, KO, OE, compound
+    guide_col: str | None = None  # guide RNA: read for the leakage audit only
     control_pert: str = "non-targeting"
     basal_mapping_strategy: str = "random"  # random | batch
     num_workers: int = 0
@@ -75,6 +76,10 @@ class DataKwargs:
     scale: str = "auto"  # auto | counts | log1p | other
     target_sum: float = 1e4  # counts are normalised to this sum per cell, then log1p
     missing_genes: str = "error"  # error | drop | zero | mean
+    prepared: str = ""  # file that `esm-perturb prepare` wrote: cells are read from it, not from [datasets]
+    memory_gb: float = 0.0  # expression up to this size is held in memory, more stays on disk; 0: half of what is free
+    resident: bool = False  # hold expression on the model's device (a GPU): sets are gathered there
+    strict_zero_shot: bool = False  # a test perturbation that trains in another cell type stops the run as well
 
 # %% ../../nbs/core/10_config.ipynb #modelkwargs
 @dataclass
@@ -406,6 +411,7 @@ def merge(base: Mapping, update: Mapping) -> dict:
 # %% ../../nbs/core/10_config.ipynb #anchor-paths
 _PATHS = {
     ("data", "kwargs", "toml_config_path"),
+    ("data", "kwargs", "prepared"),
     ("model", "kwargs", "esm_embeddings_path"),
     ("model", "kwargs", "gene_to_esm_map_path"),
     ("model", "kwargs", "init_from"),

@@ -5,18 +5,28 @@
 # %% auto #0
 __all__ = ['audit_sentences', 'coverage_sentence', 'data_section', 'flatten', 'provenance_section']
 
-# %% ../../nbs/evaluation/37_audits.ipynb #14775773
+# %% ../../nbs/evaluation/37_audits.ipynb #1c15dd79
 from collections.abc import Mapping
 
 import pandas as pd
 from markupsafe import Markup
 
+from ..cells.leakage import Leakage
 from ..core.files import to_json
 from .page import fill, section, table_html
 
 # %% ../../nbs/evaluation/37_audits.ipynb #audit-sentences
-def audit_sentences(leakage: pd.DataFrame) -> list[str]:
-    """What the leakage audit (`split_overlap`) says in words."""
+def audit_sentences(leakage: Leakage | pd.DataFrame) -> list[str]:
+    """What the leakage audit says in words.
+
+    Parameters
+    ----------
+    leakage
+        From `audit_leakage`, or only its test conditions (`split_overlap`).
+    """
+    if isinstance(leakage, Leakage):
+        found = leakage.table[(leakage.table["shared"] > 0) & (leakage.table["severity"] != "info")]
+        return [*audit_sentences(leakage.conditions), *map(_finding, found.itertuples())]
     sentences = []
     if "train_cells" in leakage:
         cells, rows = int(leakage["train_cells"].sum()), int((leakage["train_cells"] > 0).sum())
@@ -25,6 +35,13 @@ def audit_sentences(leakage: pd.DataFrame) -> list[str]:
             if cells == 0
             else f"LEAK: {rows} test conditions have {cells:,} training cells in their own cell type. "
             "The scores above are not to be trusted."
+        )
+    if "trained_elsewhere" in leakage and (leakage["trained_elsewhere"] != "").any():
+        known, names = (
+            leakage.loc[rows, "perturbation"].nunique() for rows in (leakage["trained_elsewhere"] != "", slice(None))
+        )
+        sentences.append(
+            f"{known} of {names} test perturbations train in other cell types: these are not new to the model."
         )
     if "parts_trained" in leakage and (leakage["parts_trained"] != "").any():
         names = leakage.loc[leakage["parts_trained"] != "", "perturbation"].unique()
@@ -42,6 +59,12 @@ def audit_sentences(leakage: pd.DataFrame) -> list[str]:
     return sentences
 
 
+def _finding(row) -> str:
+    """A row of the audit in words."""
+    start = "LEAK" if row.severity == "error" else "Warning"
+    return f"{start}, {row.between}: {row.check}, {row.shared:,} of {row.of:,} ({row.examples}); {row.what_to_do}."
+
+
 def coverage_sentence(coverage: pd.DataFrame) -> str:
     """How many perturbed genes have an embedding."""
     if "status" not in coverage or coverage.empty:
@@ -51,8 +74,8 @@ def coverage_sentence(coverage: pd.DataFrame) -> str:
     return f"{found} of {len(coverage)} perturbed genes have an embedding ({counts})."
 
 # %% ../../nbs/evaluation/37_audits.ipynb #data-section
-def data_section(coverage: pd.DataFrame, leakage: pd.DataFrame, split_table: pd.DataFrame) -> Markup:
-    """Embedding coverage, leakage audit and split table."""
+def data_section(coverage: pd.DataFrame, leakage: Leakage | pd.DataFrame, split_table: pd.DataFrame) -> Markup:
+    """Embedding coverage, leakage audit (whole, or its test conditions only) and split table."""
     parts = [Markup("<h3>Embedding coverage</h3>"), coverage_sentence(coverage)]
     if "status" in coverage and len(coverage):
         odd = coverage[coverage["status"] != "exact"]
@@ -63,7 +86,12 @@ def data_section(coverage: pd.DataFrame, leakage: pd.DataFrame, split_table: pd.
             fill("<details><summary>All {{ n }} genes</summary>{{ full }}</details>", n=len(coverage), full=full)
         )
     parts += [Markup("<h3>Leakage audit</h3>"), *audit_sentences(leakage)]
-    parts.append(table_html(leakage, "Leakage audit", sortable=True))
+    if isinstance(leakage, Leakage):
+        parts.append(table_html(leakage.table, "Leakage audit"))
+        if len(leakage.proteins):
+            parts.append(table_html(leakage.proteins, "Similar proteins", sortable=True))
+    conditions = leakage.conditions if isinstance(leakage, Leakage) else leakage
+    parts.append(table_html(conditions, "Test conditions", sortable=True))
     parts += [Markup("<h3>Splits</h3>"), table_html(split_table, "Splits")]
     return section("data", "Data checks", *parts)
 

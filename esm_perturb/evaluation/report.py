@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from ..cells.leakage import Leakage
 from ..core.config import InputError
 from ..core.files import atomic_path, write_json
 from . import figures
@@ -178,7 +179,7 @@ def build_report(
     provenance: Mapping,
     training: Mapping[str, pd.DataFrame],
     coverage: pd.DataFrame,
-    leakage: pd.DataFrame,
+    leakage: Leakage | pd.DataFrame,
     split_table: pd.DataFrame,
     model: str,
     path: str | Path,
@@ -193,8 +194,8 @@ def build_report(
         From `core.files.provenance`, plus ``config`` and whatever else the run wants on record.
     training : mapping of method name to DataFrame
         Learning curves: columns step, train_loss, val_loss, val_pearson_delta (gaps allowed); may be empty.
-    coverage, leakage, split_table : DataFrame
-        ``CoverageReport.to_frame()``, ``split_overlap(...)`` and ``Splits.table``.
+    coverage, leakage, split_table : DataFrame, Leakage or DataFrame, DataFrame
+        ``CoverageReport.to_frame()``, ``audit_leakage(...)`` or only ``split_overlap(...)``, and ``Splits.table``.
     model : str
         The headline method.
     path : path

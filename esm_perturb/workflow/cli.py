@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.config import InputError, nearest
+from ..core.config import InputError, nearest, resolve_config
 from ..core.files import new_folder
 from esm_perturb.workflow.pipelines import (
     PIPELINES,
@@ -128,10 +128,10 @@ def _check(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="esm-perturb check", description="show what a file of cells or gene embeddings holds", allow_abbrev=False
     )
-    parser.add_argument("file", help="cells (.h5ad), or gene embeddings (.pt, .safetensors, .parquet, .npz)")
+    parser.add_argument("file", help="cells (.h5ad, .zarr), or gene embeddings (.pt, .safetensors, .parquet, .npz)")
     parser.add_argument("--fasta", default="", help="proteins of the genes, to find names permuted against vectors")
     told = parse(parser, words)
-    if Path(told["file"]).suffix == ".h5ad":
+    if Path(told["file"]).suffix in (".h5ad", ".zarr"):
         print(to_json(inspect_h5ad(told["file"])))
         return
     embeddings = GeneEmbeddings.load(told["file"])
@@ -164,7 +164,83 @@ def _report(words: Sequence[str]) -> None:
     print(f"Index: {rebuild_index(Path(parse(parser, words)['reports']))}")
 
 
-COMMANDS = {"demo": _demo, "check": _check, "fetch": _fetch, "report": _report}
+def _data_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser for commands that read the data sets of a split file."""
+    parser = _Parser(prog=f"esm-perturb {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="TOML", help="data sets (.toml), and settings (.yaml)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="what to write; one that is there is replaced")
+    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of whatever is drawn; 42")
+    return parser
+
+
+def _split(words: Sequence[str]) -> None:
+    """Draw a split and write it as TOML."""
+    from esm_perturb.cells.make_splits import KINDS
+    from esm_perturb.workflow.split_command import split_data
+
+    parser = _data_parser("split", "draw a split of cells and write it as TOML")
+    parser.add_argument("kind", help=f"one of {', '.join(KINDS)}")
+    for name, what in (("val", "share for validation"), ("test", "share for the test")):
+        parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS, help=what)
+    parser.add_argument(
+        "--seen", type=int, default=None, help="combinations: genes of a held-out pair that train, 0 to 2"
+    )
+    for name, what in (
+        ("cell_types", "hold out in these only, or these (cell_type)"),
+        ("val_cell_types", "for validation"),
+    ):
+        parser.add_argument(f"--{name}", type=_comma_list, default=[], metavar="A,B", help=what)
+    for name, what in (
+        ("families", "family: table with columns gene and family"),
+        ("fasta", "family: proteins to cluster instead"),
+        ("clusters", "family: how, mmseqs or words"),
+        ("embeddings", "distance: table of gene embeddings"),
+        ("gene_table", "HGNC's or MGI's table of gene names"),
+        ("unknown", "genes without family or embedding: error, or train"),
+    ):
+        parser.add_argument(f"--{name}", default="", help=what)
+    parser.add_argument(
+        "overrides", nargs="*", help="settings as path=value, for example data.kwargs.pert_col=condition"
+    )
+    told = parse(parser, words)
+    data = resolve_config(config=told.pop("config"), overrides=told.pop("overrides")).data.kwargs
+    output = told.pop("output")
+    split = split_data(told.pop("kind"), data.toml_config_path, output, data=data, **told)
+    print(f"{split.counts().to_string()}\nSplit: {output}")
+
+
+def _prepare(words: Sequence[str]) -> None:
+    """Write cells as one sorted, normalised file that is read from disk."""
+    from esm_perturb.cells.prepare import prepare
+    from esm_perturb.cells.split_file import read_split_toml
+    from esm_perturb.proteins.text_files import text_lines
+
+    parser = _data_parser("prepare", "write cells as one sorted, normalised file, to be read from disk")
+    parser.add_argument("--n_genes", type=int, default=0, help="keep so many variable genes, chosen on training cells")
+    parser.add_argument("--gene_list", default="", help="keep these genes: a text file, one name a line")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings as path=value, for example data.kwargs.pert_col=condition"
+    )
+    told = parse(parser, words)
+    if told["n_genes"] and told["gene_list"]:
+        raise InputError("Genes are kept by --n_genes or by --gene_list, not by both.")
+    config = resolve_config(config=told["config"], overrides=told["overrides"])
+    genes: list[str] | int | None = told["n_genes"] or None
+    if told["gene_list"]:
+        genes = [line.strip() for _, line in text_lines(told["gene_list"], "list of genes") if line.strip()]
+    data = config.data.kwargs
+    path = prepare(read_split_toml(data.toml_config_path), data, told["output"], genes=genes, seed=told.get("seed", 42))
+    print(f"Prepared: {path}\nUse it with data.kwargs.prepared={path}")
+
+
+COMMANDS = {
+    "demo": _demo,
+    "split": _split,
+    "prepare": _prepare,
+    "check": _check,
+    "fetch": _fetch,
+    "report": _report,
+}
 
 # %% ../../nbs/workflow/20_cli.ipynb #usage
 def _usage() -> str:
@@ -173,6 +249,8 @@ def _usage() -> str:
     rows += ["  demo      run the main job on simulated cells, or on real ones with --realdata"]
     rows += ["  report    rebuild reports/index.html", "  check     show what a file of cells or embeddings holds"]
     rows += ["  fetch     download human or mouse proteins, or HGNC's gene names"]
+    rows += ["  split     draw a split: random, by protein family or distance, by cell type, of combinations"]
+    rows += ["  prepare   write cells as one sorted file, to be read from disk"]
     return (
         "usage: esm-perturb COMMAND [--flag value …] [path=value …]\n\n"
         + "\n".join(rows)
@@ -217,6 +295,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except PipelineError as error:
         print(f"esm-perturb: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        print(
+            f"esm-perturb: {where}{error.strerror or error}; is the path right, and room on its disk?", file=sys.stderr
+        )
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("\nesm-perturb: interrupted; finished stages are kept", file=sys.stderr)
         raise SystemExit(130) from None

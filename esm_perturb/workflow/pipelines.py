@@ -5,50 +5,22 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'TYPES', 'OFFLINE_TEMPLATE', 'Parameter', 'pipeline_path', 'read_parameters', 'check_parameters',
            'notebook_parameters', 'resolve_parameters', 'run_folder', 'LiveProgress', 'render_html', 'PipelineError',
-           'run_pipeline', 'demo_inputs', 'demo_simulation', 'train_run', 'demo_run', 'checkpoint_path', 'read_run',
-           'split_store', 'predict_run', 'read_predictions', 'learning_curves']
+           'run_pipeline']
 
-# %% ../../nbs/workflow/10_pipelines.ipynb #d2b092ce
+# %% ../../nbs/workflow/10_pipelines.ipynb #a9ad6ed1
 import ast
-import dataclasses
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from esm_perturb.core.config import (
-    InputError,
-    MissingFileError,
-    RunConfig,
-    from_dict,
-    nearest,
-    resolve_config,
-    to_dict,
-)
-from esm_perturb.core.files import (
-    atomic_path,
-    new_folder,
-    project_root,
-    read_yaml,
-    restored_file,
-    sha256_file,
-    write_json,
-    write_yaml,
-)
-from ..core.launch import launch
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-    from pandas import DataFrame
-
-    from esm_perturb.cells.store import CellStore
-    from esm_perturb.models.training import Prepared
+from ..core.config import InputError, MissingFileError, RunConfig, nearest, resolve_config
+from ..core.files import atomic_path, new_folder, project_root, restored_file, write_json
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #parameter
 PIPELINES = {
@@ -388,207 +360,3 @@ def run_pipeline(
     render_html(executed, output_dir / html)
     write_json(output_dir / "run.json", {"status": "ok", "pipeline": pipeline, "notebook": executed.name})
     return executed
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #demo-inputs
-def demo_inputs(config: RunConfig, folder: Path) -> RunConfig:
-    """Fill in data and embeddings of a `demo` run that names none.
-
-    Parameters
-    ----------
-    config
-        The resolved configuration; returned as it is when it names a data TOML.
-    folder
-        Receives `cells.h5ad`, `proteins.fasta`, `split.toml`, `truth.csv` and `genes.pt`, unless they are there.
-
-    Returns
-    -------
-    RunConfig
-
-    Raises
-    ------
-    InputError
-        When a configuration other than `demo` names no data.
-    """
-    data, model = config.data.kwargs, config.model.kwargs
-    if data.toml_config_path:
-        return config
-    if config.name != "demo":
-        raise InputError(
-            "The configuration names no data: pass --config with a data .toml, or set data.kwargs.toml_config_path."
-        )
-    if not (folder / "split.toml").is_file():
-        demo_simulation(folder, seed=config.training.seed)
-    embeddings = model.esm_embeddings_path or str(_embed_into(folder))
-    data = dataclasses.replace(data, toml_config_path=str(folder / "split.toml"))
-    model = dataclasses.replace(model, esm_embeddings_path=embeddings)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, kwargs=data),
-        model=dataclasses.replace(config.model, kwargs=model),
-    )
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #demo-simulation
-def demo_simulation(folder: str | Path, *, seed: int = 0) -> dict[str, Path]:
-    """Write the demo's simulated screen of a seed: cells, proteins, split and truth."""
-    from esm_perturb.cells.simulate import SimulationConfig, simulate, write_simulation
-
-    return write_simulation(simulate(SimulationConfig(seed=seed)), folder)
-
-
-def _embed_into(folder: Path) -> Path:
-    """Embed `proteins.fasta` of a folder with the mini ESM2, once."""
-    from esm_perturb.proteins.embed import embed_sequences
-    from esm_perturb.proteins.esm2 import ESM2
-    from esm_perturb.proteins.sequences import read_fasta
-
-    path = folder / "genes.pt"
-    if not path.is_file():
-        embed_sequences(ESM2.load("mini_esm2"), read_fasta(folder / "proteins.fasta")).save(path)
-    return path
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #train-run
-def train_run(config: RunConfig, *, sink: TextIO | None = None) -> Path:
-    """Write the resolved configuration into the run folder and launch training.
-
-    Parameters
-    ----------
-    config
-        With `output_dir`, data and embeddings.
-    sink
-        Where the processes' output goes; standard error by default.
-
-    Returns
-    -------
-    Path
-        The run folder, with `config.yaml`, `checkpoints/`, `metrics.csv` and `training.json`.
-
-    Raises
-    ------
-    InputError
-        For bad input, or when the folder holds a run with other settings; its `config.yaml` stays as it was.
-    """
-    folder = Path(config.output_dir)
-    with restored_file(folder / "config.yaml") as resolved:
-        write_yaml(resolved, to_dict(config))
-        launch(
-            "esm_perturb.models.training",
-            "--config",
-            str(resolved),
-            n_processes=config.training.n_processes,
-            sink=sink,
-        )
-    return folder
-
-
-def demo_run(folder: Path, *, max_steps: int) -> Path:
-    """Train the demo for a few steps: what a notebook without inputs starts from."""
-    config = resolve_config(parameters={"max_steps": max_steps, "val_freq": max_steps, "output_dir": str(folder)})
-    return train_run(demo_inputs(config, folder / "inputs"))
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #checkpoint-path
-def checkpoint_path(run_dir: str | Path) -> Path:
-    """`checkpoints/best.ckpt` of a finished run; `MissingFileError` when it is not there."""
-    path = Path(run_dir).expanduser() / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise MissingFileError(f"'{path}' does not exist: run_dir must be the folder of a finished training run.")
-    return path
-
-
-def read_run(run_dir: str | Path) -> RunConfig:
-    """The resolved configuration of a training run."""
-    path = Path(run_dir).expanduser() / "config.yaml"
-    if not path.is_file():
-        raise MissingFileError(f"'{path}' does not exist: run_dir must be the folder of a training run.")
-    return from_dict(RunConfig, read_yaml(path))
-
-
-def split_store(prepared: "Prepared", split: str) -> "CellStore":
-    """Perturbed cells and controls of one split.
-
-    Raises
-    ------
-    InputError
-        For an unknown split or one without perturbed cells.
-    """
-    if split not in ("train", "val", "test"):
-        raise InputError(
-            f"split must be train, val or test, found '{split}'{nearest(split, ('train', 'val', 'test'))}."
-        )
-    if not len(prepared.splits.perturbed_indices(split)):
-        raise InputError(f"The split '{split}' holds no perturbed cells: name its perturbations in the data .toml.")
-    return prepared.store.subset(prepared.splits.indices(split))
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #predict-run
-def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: int) -> "AnnData":
-    """Predicted cells of a split, with the weights of a training run.
-
-    Parameters
-    ----------
-    run_dir
-        The training run.
-    prepared
-        Its data, from `prepare`.
-    split
-        `train`, `val` or `test`.
-    seed
-        Draws the control cells that predictions start from.
-
-    Returns
-    -------
-    AnnData
-        One cell for each real perturbed cell; see `evaluation.baselines.predict_cells`.
-        The method is named after its perturbation encoder.
-
-    Raises
-    ------
-    InputError
-        When the checkpoint is absent or was trained on another split.
-    """
-    from esm_perturb.evaluation.baselines import ModelPredictor, predict_cells
-    from esm_perturb.models.encoders import encoder_kind
-    from esm_perturb.models.state_transition import StateTransition
-
-    weights = checkpoint_path(run_dir)
-    model = StateTransition.load(weights)
-    record = {"split": split, "split_hash": prepared.splits.hash, "checkpoint_sha256": sha256_file(weights)}
-    if model.extra.get("split_hash") != prepared.splits.hash:
-        raise InputError(f"'{weights}' was trained on another split: its data changed since; train again.")
-    method = encoder_kind(read_run(run_dir).model.kwargs)
-    return predict_cells(ModelPredictor(method, model), split_store(prepared, split), seed=seed, record=record)
-
-# %% ../../nbs/workflow/10_pipelines.ipynb #read-predictions
-def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, "AnnData"]:
-    """Prediction files by method, in their order.
-
-    Raises
-    ------
-    InputError
-        When a file is absent, is not one of ours, belongs to another split, or repeats a method.
-    """
-    import anndata
-
-    methods: dict[str, AnnData] = {}
-    for path in map(Path, files):
-        if not path.is_file():
-            raise MissingFileError(f"Predictions '{path}' do not exist; make them with esm-perturb predict.")
-        try:
-            predicted = anndata.read_h5ad(path)
-        except OSError as error:
-            raise InputError(f"'{path}' is not a readable .h5ad file: {error}.") from error
-        if "esm_perturb" not in predicted.uns:
-            raise InputError(f"'{path}' was not written by esm-perturb predict: uns['esm_perturb'] is absent.")
-        facts = json.loads(predicted.uns["esm_perturb"])
-        if facts.get("split_hash") != split_hash:
-            raise InputError(f"'{path}' belongs to another split than the run that is evaluated; predict again.")
-        if facts["method"] in methods:
-            raise InputError(f"Two prediction files are of method '{facts['method']}'; give one file for each method.")
-        methods[facts["method"]] = predicted
-    return methods
-
-
-def learning_curves(files: Sequence[Path]) -> dict[str, "DataFrame"]:
-    """Learning curves that `30_predict` left beside its predictions, by method (the prediction file's stem)."""
-    import pandas as pd
-
-    curves = {Path(file).stem: Path(file).parent / "learning_curve.csv" for file in files}
-    return {method: pd.read_csv(path) for method, path in curves.items() if path.is_file()}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..core.config import InputError, MissingFileError, nearest
 from ..core.files import project_root, sha256_file, to_json, write_json, write_text
-from .pipelines import LiveProgress, demo_simulation, run_pipeline
+from .pipelines import LiveProgress, run_pipeline
+from .runs import demo_simulation
 
 # %% ../../nbs/workflow/15_study.ipynb #study
 ARMS = ("esm", "onehot", "shuffled")
@@ -102,6 +103,7 @@ def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index
     told = {
         "predictions": predictions,
         "run_dir": str(output_dir / f"train_{study.arms[0]}"),
+        "fasta": str(study.fasta),
         "title": study.title,
         "report_name": report_name,
     }
