@@ -233,9 +233,9 @@ def fits_in_memory(n_bytes: float, data: DataKwargs) -> bool:
 
 
 def hold_controls(X: DiskMatrix, obs: pd.DataFrame, data: DataKwargs) -> None:
-    """Keep the controls of a matrix on disk in memory, where they take at most half of the budget."""
+    """Keep the controls of a matrix on disk in memory, where they are within the budget."""
     controls = np.flatnonzero(obs["perturbation"] == data.control_pert)
-    if fits_in_memory(2 * X.take(controls).memory_bytes, data):
+    if fits_in_memory(X.take(controls).memory_bytes, data):
         X.hold(controls)
 
 # %% ../../nbs/cells/18_joining.ipynb #stays-on-disk

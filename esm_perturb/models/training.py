@@ -357,7 +357,8 @@ def _fit(config: RunConfig, prepared: Prepared, model: StateTransition, settings
 
     training, kwargs, output = config.training, config.model.kwargs, Path(config.output_dir)
     sizes = {"cell_set_len": kwargs.cell_set_len, "batch_size": training.batch_size, "seed": training.seed}
-    data = PerturbationDataModule(prepared.store, prepared.splits, data=config.data.kwargs, **sizes)
+    device = "cpu" if training.accelerator == "cpu" else None
+    data = PerturbationDataModule(prepared.store, prepared.splits, data=config.data.kwargs, device=device, **sizes)
     n_processes, _ = lightning.world()
     loader = data.loader("train", rank=lightning.rank(), world_size=n_processes)
     conditions, references = _validation(prepared)
