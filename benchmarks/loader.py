@@ -31,7 +31,7 @@ import numpy as np
 N_GENES = 2000
 # name → embed_key, cells in a set, batches a turn of ours, and of the peer
 CASES = {
-    "CSR X, sets of 64": (None, 64, 60, 20),  # the peer caches rows: its first batches are its slowest
+    "CSR X, sets of 64": (None, 64, 60, 4),
     "CSR X, sets of 512": (None, 512, 9, 1),
     "dense obsm, sets of 64": ("X_hvg", 64, 60, 10),
     "dense obsm, sets of 512": ("X_hvg", 512, 9, 2),
