@@ -8,6 +8,9 @@ REALDATA_STEPS ?= 0
 export HF_HUB_OFFLINE ?= 0
 SHELL := /bin/bash
 
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(abspath $(REALDATA))" $(BIN)/python -m pytest
+OF_COMMANDS := $(addprefix tests/test_,check.py documented.py pipelines.py zero_shot.py)
+
 .PHONY: help install install-dev demo test check readme lab realdata clean
 help:
 	@sed -n 's/^# make /targets: /p' Makefile
@@ -37,7 +40,10 @@ check: install-dev
 test: check
 	@echo "notebooks"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing 2> >(grep -v 'IPKernelApp' >&2)
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(abspath $(REALDATA))" $(BIN)/python -m pytest
+	@echo "tests, those of whole commands beside the others"
+	@log=$$(mktemp); $(PYTEST) $(OF_COMMANDS) > $$log 2>&1 & commands=$$!; \
+	$(PYTEST) $(filter-out $(OF_COMMANDS),$(wildcard tests/test_*.py)); others=$$?; \
+	wait $$commands; commands=$$?; cat $$log; rm -f $$log; exit $$(( others + commands ))
 
 realdata: install
 	@test -n "$(REALDATA)" || { echo "usage: make realdata REALDATA=folder, which holds perturb_seq/ and proteins/"; exit 2; }

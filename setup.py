@@ -11,6 +11,7 @@ settings = parser["DEFAULT"]
 
 extras = {
     "wandb": settings["wandb_requirements"].split(),
+    "chem": settings["chem_requirements"].split(),
     "fair-esm": settings["fair_esm_requirements"].split(),
     "dev": settings["dev_requirements"].split(),
 }

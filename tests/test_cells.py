@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from esm_perturb.cells.data_module import PerturbationDataModule
 from esm_perturb.cells.expression import dense_rows, detect_scale
 from esm_perturb.cells.inspection import inspect_h5ad
+from esm_perturb.cells.prepare import prepare
+from esm_perturb.cells.split_file import modality_label, split_modality
 from esm_perturb.cells.splits import (
     assign_splits,
     canonical_perturbation,
@@ -267,7 +269,9 @@ def test_rows_are_the_rows_asked_for(seed, indices):
         ({"batch_col": "batch"}, "data.kwargs.batch_col=null"),
         ({"control_pert": "DMSO_TF"}, "did you mean 'non-targeting'"),
         ({"modality_col": "modality"}, "data.kwargs.modality_col"),
-        ({"output_space": "all"}, "supported: gene"),
+        ({"output_space": "genes"}, "did you mean 'gene'?); choose gene, all, embedding"),
+        ({"dose_col": "dosis"}, "data.kwargs.dose_col=null"),
+        ({"smiles_col": "smile"}, "data.kwargs.smiles_col=null"),
     ],
 )
 def test_wrong_settings_say_what_is_there(screen, settings_, message):
@@ -313,6 +317,126 @@ def test_a_test_gene_that_trains_in_a_combination_is_listed(tmp_path):
     audit = split_overlap(store.obs, splits)
     assert audit["perturbation"].tolist() == ["STAT1"]
     assert audit["parts_trained"].item() == "STAT1+TP53"
+
+
+# ---- doses and SMILES
+
+SMILES = {"imatinib": "CC1=C", "sorafenib": "CNC(=O)"}
+DRUGS = DataKwargs(control_pert="DMSO", modality_col="how", dose_col="dose", smiles_col="smiles", batch_col=None)
+
+
+def drug_screen(dose_type=np.float64, *, n=200, seed=0, first="imatinib") -> anndata.AnnData:
+    """Two compounds in three doses, their combination, a gene, and controls with a dose and a SMILES of their own."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice([first, "sorafenib", "sorafenib+imatinib", "ABL1", "DMSO"], n)
+    is_gene = names == "ABL1"
+    obs = pd.DataFrame(
+        {
+            "gene": names,
+            "cell_type": "k562",
+            "how": np.where(is_gene, "KO", "compound"),
+            "dose": np.where(is_gene, np.nan, rng.choice([0.1, 2.5, 10.0], n)).astype(dose_type),
+            "smiles": [SMILES.get(name, "CS(C)=O" if name == "DMSO" else "") for name in names],
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    X = scipy.sparse.csr_matrix(rng.poisson(1.0, (n, 5)).astype(np.float32))
+    return anndata.AnnData(X, obs, pd.DataFrame(index=[f"GENE{i}" for i in range(5)]))
+
+
+@settings(max_examples=200)
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False), st.text("abcXYZ @+-", min_size=1))
+def test_a_modality_label_tells_its_dose(dose, name):
+    assert split_modality(modality_label(name, dose)) == (name, dose)
+    with np.errstate(over="ignore"):
+        small = np.float32(dose)
+    if 0 < small < np.inf:
+        assert np.float32(split_modality(modality_label(name, small))[1]) == small
+
+
+def test_doses_are_conditions_of_their_own(tmp_path):
+    """One cell at a time, over two files that store doses as 4 and as 8 bytes."""
+    both = {"a": drug_screen(np.float32, seed=1), "b": drug_screen(np.float64, seed=2)}
+    for name, adata in both.items():
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    store = read_cells({"drugs": str(tmp_path)}, DRUGS)
+    raw = pd.concat([both["a"].obs, both["b"].obs])
+    for name, how, dose, label in zip(raw["gene"], raw["how"], raw["dose"], store.obs["modality"], strict=True):
+        assert label == (how if name in ("DMSO", "ABL1") else f"{how}@{round(float(dose), 4):g}")
+    assert store.obs["modality"].nunique() == 5
+    conditions = [c for c in store.conditions() if c.perturbation == "imatinib"]
+    assert [c.modality for c in conditions] == ["compound@0.1", "compound@10", "compound@2.5"]
+    assert all(len(store.controls(c)) == (raw["gene"] == "DMSO").sum() for c in conditions)
+    text = '[datasets]\ndrugs = "d"\n[training]\ndrugs = "train"\n[fewshot."drugs.k562"]\ntest = ["sorafenib"]\n'
+    splits = assign_splits(store.obs, read_split_toml(write_toml(tmp_path, text)), control="DMSO")
+    assert set(store.obs["modality"].iloc[splits.perturbed_indices("test")]) == {c.modality for c in conditions}
+
+
+@pytest.mark.parametrize("dose", [0.0, -1.0, np.inf, "high"])
+def test_a_dose_is_a_number_above_zero(dose):
+    adata = drug_screen()
+    row = int(np.flatnonzero(adata.obs["gene"] == "sorafenib")[3])
+    doses = adata.obs["dose"].astype(object)
+    doses.iloc[row] = dose
+    adata.obs["dose"] = doses
+    with pytest.raises(InputError, match=rf"'dose' .* holds '{dose}' for cell 'cell{row}'; a dose is a number above"):
+        store_from_anndata(adata, DRUGS)
+    adata.obs["dose"] = doses.where(adata.obs["gene"] != "sorafenib", 1).mask(adata.obs["gene"] == "DMSO", dose)
+    assert "compound@1" in set(store_from_anndata(adata, DRUGS).obs["modality"]), "what controls say does not count"
+
+
+def test_an_at_sign_belongs_to_doses():
+    adata = drug_screen()
+    adata.obs["how"] = "compound@24h"
+    for data in (DRUGS, DataKwargs(control_pert="DMSO", modality_col="how", batch_col=None)):
+        with pytest.raises(InputError, match="'compound@24h' of 'data' contains '@', which stands before a dose"):
+            store_from_anndata(adata, data)
+
+
+def test_smiles_come_along(tmp_path):
+    """With subsets, dropped perturbations, several files, prepared files, and stores on disk."""
+    drug_screen(seed=1).write_h5ad(tmp_path / "a.h5ad")
+    drug_screen(seed=2, first="ABL1").write_h5ad(tmp_path / "b.h5ad")
+    text = '[datasets]\nx = "a.h5ad"\ny = "b.h5ad"\n[training]\nx = "train"\ny = "train"\n'
+    spec = read_split_toml(write_toml(tmp_path, text))
+    store = CellStore.from_spec(spec, DRUGS)
+    assert store.smiles == SMILES
+    assert store.subset([0, 1]).smiles == store.drop_perturbations(["sorafenib"])[0].smiles == SMILES
+    on_disk = CellStore.from_spec(spec, DataKwargs(**vars(DRUGS) | {"memory_gb": 1e-9}))
+    assert on_disk.smiles == on_disk.to_memory().smiles == on_disk.subset([3]).to_memory().smiles == SMILES
+    assert CellStore.from_spec(spec, DataKwargs(**vars(DRUGS) | {"smiles_col": None})).smiles == {}
+    path = prepare(spec, DRUGS, tmp_path / "prepared.h5ad", progress=False)
+    prepared = CellStore.from_spec(spec, DataKwargs(**vars(DRUGS) | {"prepared": str(path)}))
+    assert prepared.smiles == SMILES
+    assert set(prepared.obs["modality"]) == set(store.obs["modality"])
+    for setting in ("smiles_col", "dose_col"):
+        with pytest.raises(InputError, match=f"was prepared with data.kwargs.{setting}="):
+            CellStore.from_spec(spec, DataKwargs(**vars(DRUGS) | {"prepared": str(path), setting: None}))
+
+
+def test_smiles_that_contradict_each_other_are_refused(tmp_path):
+    adata, other = drug_screen(), drug_screen(seed=1)
+    row = int(np.flatnonzero(adata.obs["gene"] == "imatinib")[2])
+    adata.obs.iloc[row, adata.obs.columns.get_loc("smiles")] = "CO"
+    with pytest.raises(InputError, match="'imatinib' of 'data' has two SMILES in column 'smiles'"):
+        store_from_anndata(adata, DRUGS)
+    drug_screen().write_h5ad(tmp_path / "a.h5ad")
+    other.obs["smiles"] = other.obs["smiles"].replace("CC1=C", "CO")
+    other.write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(InputError, match="'imatinib' is 'CC1=C' in a.h5ad, but 'CO' in b.h5ad"):
+        read_cells({"x": str(tmp_path / "a.h5ad"), "y": str(tmp_path / "b.h5ad")}, DRUGS)
+
+
+def test_a_combination_does_not_define_its_parts(tmp_path):
+    """Its parts are defined by cells of their own, or by another data set."""
+    adata = drug_screen()
+    adata.obs["smiles"] = np.where(adata.obs["gene"] == "sorafenib+imatinib", "CC1=C.CNC(=O)", "")
+    adata.write_h5ad(tmp_path / "pairs.h5ad")
+    with pytest.raises(InputError, match="Combination 'imatinib.sorafenib' of pairs.h5ad has a SMILES, but no cell"):
+        read_cells({"x": str(tmp_path / "pairs.h5ad")}, DRUGS)
+    drug_screen().write_h5ad(tmp_path / "singles.h5ad")
+    both = {"x": str(tmp_path / "pairs.h5ad"), "y": str(tmp_path / "singles.h5ad")}
+    assert read_cells(both, DRUGS).smiles == SMILES
 
 
 # ---- real data

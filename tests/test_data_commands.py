@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 
 from esm_perturb.cells.split_file import read_split_toml
-from esm_perturb.core.config import InputError, resolve_config
-from esm_perturb.models.training import prepare, train
+from esm_perturb.core.config import InputError
+from esm_perturb.core.resolve import resolve_config
+from esm_perturb.models.preparation import prepare
+from esm_perturb.models.training import train
 from esm_perturb.workflow.cli import main
 
 

@@ -153,7 +153,7 @@ def test_refusals_of_baselines():
         RidgeOnEmbeddings(["P1"], np.ones((1, 2))).fit(make_store(names=("P1",)))
     with pytest.raises(InputError, match="P4"):
         RidgeOnEmbeddings(["P1", "P2", "P3"], np.ones((3, 2))).fit(store)
-    with pytest.raises(InputError, match="no test control cell"):
+    with pytest.raises(InputError, match="No control cell in toy.k562"):
         predict_cells(NoChange(), perturbed, seed=0)
 
 

@@ -23,6 +23,7 @@ from esm_perturb.cells.sets import SetSampler, group_cells
 from esm_perturb.cells.split_file import read_split_toml
 from esm_perturb.cells.splits import Splits, assign_splits
 from esm_perturb.cells.store import CellStore, store_from_anndata
+from esm_perturb.cells.targets import read_targets
 from esm_perturb.core.config import DataKwargs, InputError
 
 DATA = DataKwargs()
@@ -402,6 +403,46 @@ def test_cells_on_disk_give_the_same_batches(tmp_path, sparse, budget, workers):
     on_device = PerturbationDataModule(store, splits, data=DataKwargs(resident=True), device="cpu", **options)
     loaders = [on_device.loader(split) for split in ("train", "val", "test")]
     assert [content(batch) for loader in loaders for batch in loader] == batches[0]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("place", "workers"), [("memory", 0), ("memory", 2), ("disk", 0), ("disk", 2), ("device", 0)])
+def test_targets_are_the_genes_of_the_perturbed_cells(tmp_path, sparse, place, workers):
+    """The sets are those without targets, to the bit, wherever the two matrices lie; padded places are zero."""
+    adata = make_adata(sparse=sparse)
+    adata.obsm["X_uce"] = np.random.default_rng(1).normal(size=(400, 4)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    (tmp_path / "splits.toml").write_text(HELD_OUT.replace("screen.h5ad", str(tmp_path / "screen.h5ad")))
+    spec = read_split_toml(tmp_path / "splits.toml")
+    asked = {"num_workers": workers, "memory_gb": 1e-9 if place == "disk" else 1.0, "resident": place == "device"}
+    data = DataKwargs(embed_key="X_uce", **asked)
+    store = CellStore.from_spec(spec, data)
+    targets = read_targets(spec, data, store)
+    assert store.in_memory is targets.in_memory is (place != "disk")
+    splits = assign_splits(store.obs, spec, control=CONTROL, seed=0)
+    options = {"data": data, "cell_set_len": 8, "batch_size": 3, "seed": 0, "device": "cpu"}
+    alone = PerturbationDataModule(store, splits, **options)
+    both = PerturbationDataModule(store, splits, targets=targets, **options)
+    genes = store_from_anndata(make_adata(sparse=sparse), DataKwargs(), dataset="screen").rows(np.arange(400))
+    for split in ("train", "val", "test"):
+        loader = both.loader(split)
+        batches = list(loader)
+        assert [content(batch) for batch in alone.loader(split)] == [
+            {key: value for key, value in content(batch).items() if key != "genes"} for batch in batches
+        ]
+        for sets, batch in zip(loader.batch_sampler, batches, strict=True):
+            assert batch["genes"].dtype == torch.float32
+            for number, cell_set in enumerate(sets):
+                padding = np.zeros((batch["mask"].shape[1] - len(cell_set.cells), 15), np.float32)
+                expected = np.concatenate([genes[cell_set.cells], padding])
+                np.testing.assert_array_equal(batch["genes"][number].numpy(), expected)
+
+
+def test_targets_of_other_cells_are_refused(tmp_path):
+    store, splits = make(tmp_path)
+    other = store.subset(np.arange(len(store))[::-1])
+    with pytest.raises(InputError, match="not the cells of the store, in its order"):
+        PerturbationDataModule(store, splits, data=DATA, cell_set_len=8, batch_size=3, seed=0, targets=other)
 
 
 def test_resident_cells_and_workers_exclude_each_other(tmp_path):

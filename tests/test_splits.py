@@ -708,6 +708,21 @@ def test_where_else_a_test_perturbation_trains(screen):
     assert any("Warning" in sentence for sentence in audit_sentences(audit))
 
 
+def test_doses_of_one_perturbation_are_shared_once(screen):
+    obs, _ = screen
+    obs.loc[obs["perturbation"].isin(["F", "G"]), "perturbation"] = "C"
+    rows = np.flatnonzero(obs["perturbation"] == "C")
+    obs.loc[obs.index[rows], "modality"] = [f"compound@{1 + i % 4}" for i in range(len(rows))]
+    audit, _ = few(obs, ["C", "D"])
+    found = row(audit, "other cell types")
+    assert found[["shared", "of"]].tolist() == [1, 2]
+    assert found["examples"].count("C in RPE1 (compound@") == 4
+    assert "other cell types 1 of 2" in audit.summary()
+    second = obs[obs["cell_type"] == "K562"].assign(dataset="second")
+    audit, _ = few(pd.concat([obs, second.set_axis([f"x{i}" for i in range(len(second))])]), ["C"])
+    assert row(audit, "same cell type, other data set")[["shared", "of"]].tolist() == [1, 1]
+
+
 def test_guides_batches_and_controls(screen):
     obs, _ = screen
     obs.loc[obs["perturbation"] == "D", "guide"] = "C-g"

@@ -16,7 +16,7 @@ import pytest
 import scanpy
 import scipy.sparse
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from esm_perturb.cells import disk_matrix
@@ -26,6 +26,7 @@ from esm_perturb.cells.prepare import prepare
 from esm_perturb.cells.split_file import read_split_toml
 from esm_perturb.cells.splits import assign_splits
 from esm_perturb.cells.store import CellStore, group_rows, read_cells, store_from_anndata
+from esm_perturb.cells.targets import read_targets
 from esm_perturb.core.config import DataKwargs, InputError, MissingFileError
 
 N_CELLS, N_GENES = 300, 25
@@ -122,6 +123,7 @@ def truth():
 
 
 @given(indices=st.lists(st.integers(-1, N_CELLS - 1), max_size=60))
+@example(indices=[0, 0, 83, 85])  # as many rows as are read in one go, but not the same
 @settings(max_examples=40)
 def test_every_storage_gives_the_rows_asked_for(stores, truth, indices):
     indices = np.array(indices, dtype=np.int64)
@@ -346,6 +348,93 @@ def test_cells_without_counts_stay_zero_and_are_counted(tmp_path, caplog, budget
         store = open_file(tmp_path / "x.h5ad", memory_gb=budget)
     assert store.record["empty_cells"] == 3 and "3 of 300 cells have no expression at all" in caplog.text
     assert not store.rows([0, 1, 2]).any() and np.isfinite(store.rows(np.arange(300))).all()
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "nan", "NaN", "None", None, np.nan])
+def test_cells_without_a_dose_may_say_so_in_text(empty):
+    obs = pd.DataFrame({"gene": ["DMSO", "aspirin", "TP53"], "cell_type": "k562", "dose": ["", "0.5", empty]})
+    adata = anndata.AnnData(np.ones((3, 4), np.float32), obs.set_axis(["a", "b", "c"]))
+    data = DataKwargs(control_pert="DMSO", batch_col=None, dose_col="dose")
+    modalities = store_from_anndata(adata, data).obs["modality"]
+    assert modalities.tolist() == ["unspecified", "unspecified@0.5", "unspecified"]
+
+
+def test_targets_are_the_same_cells(tmp_path):
+    """Each rule of what is predicted, on two files, one of which lacks X_hvg."""
+    adata = make_adata()
+    adata.var["highly_variable"] = np.arange(N_GENES) % 3 == 0
+    adata.obsm["X_uce"] = np.random.default_rng(2).normal(size=(N_CELLS, 6)).astype(np.float32)
+    adata.obsm["X_hvg"] = np.log1p(adata.X.toarray()[:, ::3])
+    for name, part in {"a": adata[:150].copy(), "b": adata[150:, ::-1].copy()}.items():
+        if name == "b":
+            part.obsm["X_hvg"] = np.log1p(part.X.toarray()[:, part.var["highly_variable"].to_numpy()])
+        part.write_h5ad(tmp_path / f"{name}.h5ad")
+    del part.obsm["X_hvg"]
+    (tmp_path / "c").mkdir()
+    part.write_h5ad(tmp_path / "c" / "b.h5ad")
+    text = '[datasets]\nx = "a.h5ad"\ny = "{}"\n[training]\nx = "train"\ny = "train"\n'
+    found = {}
+    for place in ("b.h5ad", "c"):
+        (tmp_path / "split.toml").write_text(text.format(place))
+        spec = read_split_toml(tmp_path / "split.toml")
+        for key in (None, "X_hvg", "X_uce") if place == "b.h5ad" else ("X_uce",):
+            for space in ("gene", "all", "embedding"):
+                for budget in (0.0, ON_DISK):
+                    data = DataKwargs(embed_key=key, output_space=space, memory_gb=budget)
+                    store = CellStore.from_spec(spec, data)
+                    targets = read_targets(spec, data, store)
+                    found[place, key, space] = None if targets is None else targets.record["embed_key"] or "X"
+                    if targets is not None:
+                        assert targets.obs.equals(store.obs)
+                        assert targets.in_memory is (budget == 0.0)
+                        plain = CellStore.from_spec(spec, DataKwargs(embed_key=targets.record["embed_key"]))
+                        assert (targets.rows(np.arange(300)) == plain.rows(np.arange(300))).all()
+    assert {key: value for key, value in found.items() if value} == {
+        ("b.h5ad", "X_hvg", "all"): "X",
+        ("b.h5ad", "X_uce", "gene"): "X_hvg",
+        ("b.h5ad", "X_uce", "all"): "X",
+        ("c", "X_uce", "gene"): "X",
+        ("c", "X_uce", "all"): "X",
+    }
+    fewer, _ = store.drop_perturbations(["STAT1"])
+    data = DataKwargs(embed_key="X_uce", output_space="all")
+    found, everyone = read_targets(spec, data, fewer), read_targets(spec, data, store)
+    assert found.obs.index.equals(fewer.obs.index)
+    rows = everyone.obs.index.get_indexer(fewer.obs.index)
+    assert (found.rows(np.arange(len(fewer))) == everyone.rows(rows)).all()
+    prepared = DataKwargs(embed_key="X_uce", prepared="any.h5ad")
+    with pytest.raises(InputError, match="A prepared file holds one matrix, but .*X_uce.* needs X beside it"):
+        read_targets(spec, prepared, store)
+
+
+@pytest.mark.parametrize("key", ["X_hvg", "X_uce", "frame", "layers/raw", None])
+@pytest.mark.parametrize("backed", [False, True])
+def test_cells_in_memory_are_read_as_those_of_a_file(tmp_path, key, backed):
+    adata = make_adata()
+    adata.var["highly_variable"] = np.arange(N_GENES) < 5
+    adata.obsm["X_hvg"] = scipy.sparse.csr_matrix(np.log1p(adata.X[:, :5].toarray()))
+    adata.obsm["X_uce"] = np.random.default_rng(0).normal(size=(N_CELLS, 4))
+    adata.obsm["frame"] = pd.DataFrame(adata.X[:, :2].toarray(), index=adata.obs_names, columns=["A", "B"])
+    adata.layers["raw"] = adata.X.copy()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    from_file = open_file(tmp_path / "cells.h5ad", embed_key=key)
+    given_ = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r") if backed else adata
+    store = store_from_anndata(given_, DataKwargs(embed_key=key), dataset="screen")
+    assert store.gene_names == from_file.gene_names
+    assert (store.scale, store.scale_found) == (from_file.scale, from_file.scale_found)
+    assert (store.rows(np.arange(N_CELLS)) == from_file.rows(np.arange(N_CELLS))).all()
+    with pytest.raises(InputError, match="has no obsm.'X_uc'. .*did you mean 'X_uce'"):
+        store_from_anndata(given_, DataKwargs(embed_key="X_uc"))
+
+
+def test_an_embedding_is_never_taken_for_counts(tmp_path):
+    adata = make_adata()
+    adata.obsm["X_code"] = np.random.default_rng(0).integers(0, 9, (N_CELLS, 4)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    for scale in ("auto", "counts", "log1p"):
+        store = open_file(tmp_path / "cells.h5ad", embed_key="X_code", scale=scale)
+        assert store.scale == store.scale_found == "other"
+        assert (store.rows(np.arange(N_CELLS)) == adata.obsm["X_code"]).all()
 
 
 def test_repeated_names_and_genes_are_refused(tmp_path):

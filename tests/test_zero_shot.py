@@ -22,11 +22,13 @@ def compare_arms(folder: str, seed: int, family_effect: bool) -> dict:
     import torch
 
     from esm_perturb.cells.simulate import SimulationConfig, simulate, write_simulation
-    from esm_perturb.core.config import resolve_config, to_dict
+    from esm_perturb.core.config import to_dict
     from esm_perturb.core.files import write_yaml
+    from esm_perturb.core.resolve import resolve_config
     from esm_perturb.evaluation.baselines import MeanResponse, RidgeOnEmbeddings, predict_cells
     from esm_perturb.evaluation.metrics import compare, evaluate
-    from esm_perturb.models.training import prepare, train
+    from esm_perturb.models.preparation import prepare
+    from esm_perturb.models.training import train
     from esm_perturb.proteins.embed import embed_sequences
     from esm_perturb.proteins.esm2 import ESM2
     from esm_perturb.workflow.runs import predict_run, split_store

@@ -137,7 +137,7 @@ class Blocks:
 # %% ../../nbs/cells/30_data_module.ipynb #setdataset
 class SetDataset(Dataset):
     """Turns the sets that a `SetSampler` chose into a batch; its keys are `control`, `perturbed`, `mask`, `batch`,
-    `perturbation`, `modality`, `cell_type` and `dataset`, as in the table above.
+    `perturbation`, `modality`, `cell_type` and `dataset`, and with targets `genes`, as in the table above.
 
     Parameters
     ----------
@@ -149,6 +149,8 @@ class SetDataset(Dataset):
         (n_cells,) int64, number of each cell's batch.
     resident
         The same cells on a device; None reads from the store.
+    targets
+        The same cells' genes to be predicted, or None; on a device too where `store` is.
     """
 
     def __init__(
@@ -158,17 +160,11 @@ class SetDataset(Dataset):
         batches: np.ndarray,
         *,
         resident: ResidentCells | None = None,
+        targets: CellStore | ResidentCells | None = None,
     ):
         self.store, self.conditions, self.batches = store, conditions, batches
-        self.resident, self._blocks = resident, Blocks()
-
-    def _expression(self, rows: np.ndarray) -> torch.Tensor:
-        """Float32 (2, n_rows, n_genes) of (2, n_rows) row numbers: of controls and of perturbed cells."""
-        if self.resident is not None:
-            return self.resident.rows(rows.reshape(-1)).view(*rows.shape, -1)
-        out = self._blocks.take((*rows.shape, len(self.store.gene_names)))
-        self.store.rows(rows.reshape(-1), out.reshape(-1, out.shape[-1]))
-        return torch.from_numpy(out)
+        self.resident, self.targets = resident, targets
+        self._blocks, self._target_blocks = Blocks(), Blocks()
 
     def __getitem__(self, cell_set: CellSet) -> dict:
         return self.__getitems__([cell_set])
@@ -179,12 +175,24 @@ class SetDataset(Dataset):
         for number, cell_set in enumerate(cell_sets):
             rows[0, number, : len(cell_set.cells)] = cell_set.controls
             rows[1, number, : len(cell_set.cells)] = cell_set.cells
-        control, perturbed = self._expression(rows.reshape(2, -1)).view(*rows.shape, -1)
+        control, perturbed = _expression(self.resident or self.store, rows, self._blocks)
         mask = rows[1] >= 0
         conditions = [self.conditions[cell_set.group] for cell_set in cell_sets]
         names = {field: [getattr(condition, field) for condition in conditions] for field in Condition._fields}
         batch = torch.from_numpy(np.where(mask, self.batches[rows[1]], -1))
-        return {"control": control, "perturbed": perturbed, "mask": torch.from_numpy(mask), "batch": batch} | names
+        found = {"control": control, "perturbed": perturbed, "mask": torch.from_numpy(mask), "batch": batch}
+        if self.targets is not None:
+            found["genes"] = _expression(self.targets, rows[1], self._target_blocks)
+        return found | names
+
+
+def _expression(cells: CellStore | ResidentCells, rows: np.ndarray, blocks: Blocks) -> torch.Tensor:
+    """Float32 (*rows.shape, n_genes); −1 gives zeros."""
+    if isinstance(cells, ResidentCells):
+        return cells.rows(rows.reshape(-1)).view(*rows.shape, -1)
+    out = blocks.take((*rows.shape, len(cells.gene_names)))
+    cells.rows(rows.reshape(-1), out.reshape(-1, out.shape[-1]))
+    return torch.from_numpy(out)
 
 
 def _as_is(batch: dict) -> dict:
@@ -210,6 +218,8 @@ class PerturbationDataModule(pl.LightningDataModule):
     device
         With `data.resident`: where expression is held; None takes the trainer's device, or else this process's GPU, or
         the CPU where there is none.
+    targets
+        From `read_targets`: the same cells' genes to be predicted; batches then have `genes`.
 
     Attributes
     ----------
@@ -233,9 +243,13 @@ class PerturbationDataModule(pl.LightningDataModule):
         batch_size: int,
         seed: int,
         device: torch.device | str | None = None,
+        targets: CellStore | None = None,
     ):
         super().__init__()
         _check(data)
+        if targets is not None and not targets.obs.index.equals(store.obs.index):
+            raise InputError("The targets are not the cells of the store, in its order; read them with read_targets.")
+        self.targets = targets
         self.store, self.splits, self.data, self.device = store, splits, data, device
         self.cell_set_len, self.batch_size, self.seed = cell_set_len, batch_size, seed
         self.groups = {
@@ -245,15 +259,17 @@ class PerturbationDataModule(pl.LightningDataModule):
         self._batch_of = store.obs.groupby(["dataset", "batch"], sort=True, observed=True).ngroup().to_numpy(np.int64)
         one_of_each = store.obs.iloc[np.unique(self._batch_of, return_index=True)[1]]
         self.batches = list(zip(one_of_each["dataset"], one_of_each["batch"], strict=True))
-        self._resident: ResidentCells | None = None
+        self._resident: list[ResidentCells | None] = []
         self._train_sampler: SetSampler | None = None
         self._position: dict[str, int] = {}
 
-    def _resident_cells(self) -> ResidentCells | None:
-        """Expression on the device, copied there when it is first needed; None without `data.resident`."""
-        if self.data.resident and self._resident is None:
+    def _resident_cells(self) -> list[ResidentCells | None]:
+        """Expression and targets on the device, copied there when first needed."""
+        if not self._resident:
             of_trainer = None if self.trainer is None else self.trainer.strategy.root_device
-            self._resident = ResidentCells(self.store, self.device or of_trainer or default_device())
+            device = self.device or of_trainer or default_device()
+            stores = (self.store, self.targets)
+            self._resident = [None if store is None else ResidentCells(store, device) for store in stores]
         return self._resident
 
     def loader(self, split: str, *, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -269,8 +285,9 @@ class PerturbationDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+        resident, targets = self._resident_cells() if self.data.resident else (None, self.targets)
         return DataLoader(
-            SetDataset(self.store, groups.conditions, self._batch_of, resident=self._resident_cells()),
+            SetDataset(self.store, groups.conditions, self._batch_of, resident=resident, targets=targets),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=workers,

@@ -179,7 +179,7 @@ class DenseFile:
         """Sorted rows (len(rows), n_genes) in the stored type."""
         begin, end, places = _spans(rows, rows + 1, self._gap)
         block = self.values.read(begin, end)
-        return block if len(block) == len(rows) else block[places]
+        return block if np.array_equal(places, np.arange(len(block))) else block[places]
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """First row and stored values of consecutive blocks."""
@@ -332,6 +332,12 @@ class DiskMatrix:
     def memory_bytes(self) -> int:
         """About what it would take in memory."""
         return int(sum(part.file.memory_bytes for part in self.parts) * self.shape[0] / max(self._bounds[-1], 1))
+
+    @property
+    def held_bytes(self) -> int:
+        """What `hold` keeps in memory."""
+        held = self._held
+        return 0 if held is None else 8 * held.nnz if scipy.sparse.issparse(held) else held.nbytes
 
     def _stored(self, indices: np.ndarray) -> np.ndarray:
         """Row numbers over all parts."""

@@ -6,7 +6,7 @@
 __all__ = ['MemoryMatrix', 'Source', 'file_state', 'file_hash', 'checked_source', 'open_source', 'open_sources', 'scan',
            'free_memory', 'fits_in_memory', 'hold_controls', 'Joined', 'check_settings', 'join']
 
-# %% ../../nbs/cells/18_joining.ipynb #0b4935c4
+# %% ../../nbs/cells/18_joining.ipynb #faae6efa
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +22,18 @@ from pandas.api.types import union_categoricals
 from .disk_matrix import CscFile, CsrFile, DenseFile, DiskMatrix, MatrixPart, open_matrix
 from .expression import MAX_LOG1P, SCALES, ValueRange, size_factors
 from esm_perturb.cells.reading import (
+    are_genes,
     check_control,
     dataset_files,
+    join_smiles,
     label_cells,
+    label_smiles,
     matrix_genes,
     matrix_key,
     open_cells,
     read_frame,
 )
-from ..core.config import DataKwargs, InputError, nearest
+from ..core.config import CHOICES, DataKwargs, InputError, nearest
 from ..core.files import sha256_file, sha256_text
 
 # %% ../../nbs/cells/18_joining.ipynb #memorymatrix
@@ -62,7 +65,7 @@ class MemoryMatrix:
 
 @dataclass
 class Source:
-    """One file's cells: matrix as stored, gene names, labels, where from, and what was found in it."""
+    """One file's cells: matrix as stored, gene names, labels, where from, what was found, SMILES by perturbation."""
 
     matrix: CsrFile | CscFile | DenseFile | MemoryMatrix
     gene_names: list[str]
@@ -71,6 +74,7 @@ class Source:
     record: dict = field(default_factory=dict)
     path: Path | None = None
     totals: np.ndarray | None = None
+    smiles: dict[str, str] = field(default_factory=dict)
 
 # %% ../../nbs/cells/18_joining.ipynb #file-state
 def file_state(path: Path) -> dict[str, int]:
@@ -112,7 +116,9 @@ def checked_source(
         )
     labels = label_cells(obs, data, dataset, where)
     record = {"dataset": dataset, "file": where, "n_cells": len(labels), "n_genes": len(gene_names)}
-    return Source(matrix, gene_names, labels, where, record)
+    return Source(
+        matrix, gene_names, labels, where, record, smiles=label_smiles(obs, labels["perturbation"], data, where)
+    )
 
 
 def open_source(path: Path, data: DataKwargs, dataset: str) -> Source:
@@ -331,12 +337,15 @@ class Joined(NamedTuple):
     scale: str
     scale_found: str
     record: dict
+    smiles: dict[str, str]
 
 
 def check_settings(data: DataKwargs) -> None:
     """Refuse what cannot be done."""
-    if data.output_space != "gene":
-        raise InputError(f"data.kwargs.output_space is '{data.output_space}'; supported: gene.")
+    spaces = CHOICES["data.kwargs.output_space"]
+    if data.output_space not in spaces:
+        hint = nearest(data.output_space, spaces)
+        raise InputError(f"data.kwargs.output_space is '{data.output_space}'{hint}; choose {', '.join(spaces)}.")
     if data.scale not in ("auto", *SCALES):
         hint = nearest(data.scale, ("auto", *SCALES))
         raise InputError(f"data.kwargs.scale is '{data.scale}'{hint}; choose auto, counts, log1p or other.")
@@ -368,8 +377,9 @@ def join(sources: Sequence[Source], data: DataKwargs, *, in_memory: bool | None 
         in_memory = fits_in_memory(n_bytes, data)
         if not in_memory:
             _stays_on_disk(sources, n_bytes)
-    sources = [scan(source, data.scale, keep=in_memory) for source in sources]
-    scale = _one_scale(sources, data.scale)
+    setting = data.scale if are_genes(genes, data.embed_key) else "other"  # data.scale is then that of the targets
+    sources = [scan(source, setting, keep=in_memory) for source in sources]
+    scale = _one_scale(sources, setting)
     counts = scale == "counts"
     factors = [size_factors(source.totals, data.target_sum) if counts else None for source in sources]
     matrix = DiskMatrix(
@@ -389,4 +399,5 @@ def join(sources: Sequence[Source], data: DataKwargs, *, in_memory: bool | None 
         _LOGGER.warning("%d of %d cells have no expression at all; they stay zero.", record["empty_cells"], len(obs))
     if decides and not in_memory:
         hold_controls(matrix, obs, data)
-    return Joined(matrix.to_memory() if in_memory else matrix, genes, obs, record["scale"], scale, record)
+    smiles = join_smiles([(source.where, source.smiles) for source in sources])
+    return Joined(matrix.to_memory() if in_memory else matrix, genes, obs, record["scale"], scale, record, smiles)

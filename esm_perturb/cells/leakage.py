@@ -101,11 +101,16 @@ def _perturbation_checks(train: pd.DataFrame, test: pd.DataFrame, between: str, 
     parts = test[~test["key"].isin(train["key"]) & test["key"].map(lambda key: bool(genes & set(key)))]["perturbation"]
     n, names = len(test), test["perturbation"].nunique()
     claim = "hold them out there too" if strict else "say that they are known from there; strict for a zero-shot claim"
+    n_type, n_away = (pairs.loc[mask, "perturbation"].nunique() for mask in (same_type, away))  # of any place and dose
+    elsewhere = _row(
+        "same cell type, other data set", between, where[same_type], names, other, "hold them out there too"
+    )
+    others = _row("other cell types", between, where[away], names, "error" if strict else "info", claim)
     return [
         _row("test conditions", between, label[same], n, "error", "hold them out of training"),
         _row("other names", between, also[here & ~named], n, "error", "give both one name, or hold both out"),
-        _row("same cell type, other data set", between, where[same_type], names, other, "hold them out there too"),
-        _row("other cell types", between, where[away], names, "error" if strict else "info", claim),
+        elsewhere | {"shared": n_type},
+        others | {"shared": n_away},
         _row("genes of combinations", between, parts, names, "info", "call these genes known when scores are told"),
     ]
 

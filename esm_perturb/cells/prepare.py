@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'sorted_rows', 'read_gene_list', 'check_gene_list', 'variable_genes', 'check_gene_selection', 'prepare']
 
-# %% ../../nbs/cells/24_prepare.ipynb #9be0cba6
+# %% ../../nbs/cells/24_prepare.ipynb #8e4522d4
 import json
 import os
 import shutil
@@ -320,7 +320,11 @@ def prepare(
     X = joined.X if genes is None else _with_genes(joined.X, pd.Index(joined.gene_names).get_indexer(names))
     obs = joined.obs if chose is None else joined.obs.assign(chose_genes=chose)
     record = joined.record | {"genes": how, "settings": baked_settings(data), "order": ORDER}
-    record |= {"version": esm_perturb.__version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
+    record |= {
+        "smiles": joined.smiles,
+        "version": esm_perturb.__version__,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     n_steps = 2 * len(obs)
     with (
         _new_output(output) as temporary,

@@ -26,6 +26,8 @@ BAKED = (
     "cell_type_key",
     "batch_col",
     "modality_col",
+    "dose_col",
+    "smiles_col",
     "guide_col",
     "control_pert",
     "embed_key",
@@ -41,8 +43,8 @@ def baked_settings(data: DataKwargs) -> dict[str, object]:
 
 def check_baked(record: Mapping, data: DataKwargs, where: str) -> None:
     """Refuse a prepared file that was made with other settings."""
-    for name, then in record["settings"].items():
-        now = getattr(data, name)
+    for name in BAKED:
+        then, now = record["settings"].get(name), getattr(data, name)
         same = now == then
         if name == "scale":
             same = same or now in ("auto", record["scale_found"])
@@ -180,5 +182,6 @@ def open_prepared(path: str | Path, data: DataKwargs, datasets: Mapping[str, str
         X = X.to_memory()
     else:
         hold_controls(X, obs, data)
+    smiles = record.pop("smiles", {})
     record = record | {"prepared": {"file": str(path), "fingerprint": mark}}
-    return Joined(X, gene_names, obs, record["scale"], record["scale_found"], record)
+    return Joined(X, gene_names, obs, record["scale"], record["scale_found"], record, smiles)

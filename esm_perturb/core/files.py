@@ -25,7 +25,8 @@ from pathlib import Path
 import yaml
 
 import esm_perturb
-from .config import InputError, MissingFileError, parse_yaml
+from .config import InputError, MissingFileError
+from .resolve import parse_yaml
 
 # %% ../../nbs/core/20_files.ipynb #atomic-path
 @contextmanager

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Context', 'MAX_SCALE', 'Predictor', 'mean_profile', 'context_of', 'train_responses', 'cells_with_mean', 'NoChange',
            'MeanResponse', 'control_profiles', 'towards', 'average_by_context', 'RidgeOnEmbeddings', 'SeenElsewhere',
-           'ModelPredictor', 'draw_controls', 'predict_cells']
+           'ModelPredictor', 'predict_cells']
 
 # %% ../../nbs/evaluation/10_baselines.ipynb #06832d8c
 import json
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,11 +17,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..cells.splits import parse_perturbation
-from ..cells.store import CellStore, Condition
+from ..cells.store import CellStore, Condition, draw_controls
 from ..core.config import InputError, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from esm_perturb.models.state_transition import StateTransition
 
 # %% ../../nbs/evaluation/10_baselines.ipynb #predictor
 Context = tuple[str, str]
@@ -307,9 +308,9 @@ class SeenElsewhere(MeanResponse):
 
 # %% ../../nbs/evaluation/10_baselines.ipynb #modelpredictor
 class ModelPredictor:
-    """A trained model (anything with ``predict(condition, controls)``) as a `Predictor`."""
+    """A trained model as a `Predictor`; it alone reads the ``inputs`` of `predict_cells`."""
 
-    def __init__(self, name: str, model):
+    def __init__(self, name: str, model: "StateTransition"):
         self.name = name
         self._model = model
 
@@ -317,25 +318,19 @@ class ModelPredictor:
         """Nothing to do: the model is already trained."""
         return self
 
-    def predict(self, condition: Condition, controls: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Predicted cells of the wrapped model, float32 (n_cells, n_genes)."""
-        return np.asarray(self._model.predict(condition, controls), dtype=np.float32)
+    def predict(
+        self, condition: Condition, controls: np.ndarray, rng: np.random.Generator, obs: pd.DataFrame | None = None
+    ) -> np.ndarray:
+        """Predicted cells, float32 (n_cells, n_genes); ``obs`` of the controls tells the model their batches."""
+        from esm_perturb.models import predict, state_transition
 
-# %% ../../nbs/evaluation/10_baselines.ipynb #draw-controls
-def draw_controls(store: CellStore, condition: Condition, n_cells: int, seed: int) -> np.ndarray:
-    """Row numbers (n_cells,) of control cells for a condition; the same for every method.
-
-    Every control is used once before any is used twice.
-    """
-    pool = np.asarray(store.controls(condition))
-    if len(pool) == 0:
-        raise InputError(f"no test control cell in {condition.dataset}.{condition.cell_type}: nothing to predict from")
-    rng = np.random.default_rng([seed, zlib.crc32("\n".join(condition).encode())])
-    rounds = [rng.permutation(pool) for _ in range(-(-n_cells // len(pool)))]
-    return np.concatenate(rounds)[:n_cells]
+        batches = None if obs is None else predict.batch_places(self._model, obs)
+        return state_transition.predict_cells(self._model, condition, controls, batches=batches)
 
 # %% ../../nbs/evaluation/10_baselines.ipynb #predict-cells
-def predict_cells(predictor: Predictor, store: CellStore, *, seed: int, record: dict | None = None) -> "AnnData":
+def predict_cells(
+    predictor: Predictor, store: CellStore, *, seed: int, record: dict | None = None, inputs: CellStore | None = None
+) -> "AnnData":
     """Predict every perturbed condition of ``store`` from its own control cells.
 
     Parameters
@@ -348,6 +343,8 @@ def predict_cells(predictor: Predictor, store: CellStore, *, seed: int, record: 
         Draws the control cells, and whatever the predictor draws.
     record : dict, optional
         Further facts for the file (split hash, checkpoint SHA-256).
+    inputs : CellStore, optional
+        The same cells as a model reads them, where that is an embedding and ``store`` holds the genes it predicts.
 
     Returns
     -------
@@ -357,14 +354,19 @@ def predict_cells(predictor: Predictor, store: CellStore, *, seed: int, record: 
     """
     import anndata
 
+    if inputs is not None and not inputs.obs.index.equals(store.obs.index):
+        raise InputError("the inputs are not the cells of the store, in its order")
     blocks, frames = [], []
     conditions = store.conditions()
     bar = tqdm(conditions, desc=f"predict {predictor.name}", unit="condition", mininterval=1)
     for number, condition in enumerate(bar):
         rows = draw_controls(store, condition, len(store.cells(condition)), seed)
-        cells = predictor.predict(condition, store.rows(rows), np.random.default_rng([seed, number]))
+        started, rng = store.obs.iloc[rows], np.random.default_rng([seed, number])
+        if isinstance(predictor, ModelPredictor):
+            cells = predictor.predict(condition, (inputs or store).rows(rows), rng, started)
+        else:
+            cells = predictor.predict(condition, store.rows(rows), rng)
         blocks.append(np.asarray(cells, dtype=np.float32))
-        started = store.obs.iloc[rows]
         frames.append(
             pd.DataFrame({**condition._asdict(), "batch": started["batch"].to_numpy(), "control_cell": started.index})
         )

@@ -5,70 +5,89 @@
 # %% auto #0
 __all__ = ['SetLoss', 'energy_distance', 'auto_blur', 'sinkhorn', 'mse', 'LossDiverged', 'set_loss']
 
-# %% ../../nbs/models/30_losses.ipynb #09f82b40
-from collections.abc import Callable
+# %% ../../nbs/models/30_losses.ipynb #5db46ab5
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from ..core.config import InputError, ModelKwargs, nearest
+from ..core.config import InputError, ModelKwargs, loss_terms
 
-# %% ../../nbs/models/30_losses.ipynb #distances
-def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances `(n_sets, n, m)` of centred cells by the Gram expansion; 0 for (near-)identical pairs."""
-    scale = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
-    squared = torch.baddbmm(scale, x, y.transpose(1, 2), alpha=-2)
-    return torch.where(squared <= 1e-6 * scale, 0.0, squared).sqrt_()
+# %% ../../nbs/models/30_losses.ipynb #pair-weights
+def _pair_weights(target_mask: torch.Tensor, mask: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors `rows` `(n_sets, m + n)` and `columns` `(n_sets, 2, m + n)` of the pairs' signed weights.
 
-
-def _pair_weights(first: torch.Tensor, second: torch.Tensor | None, unbiased: bool) -> torch.Tensor:
-    """Weights `(n_sets, n, m)` that average a matrix of pairs; `second=None` means the pairs within `first`.
-
-    `first` and `second` are float masks `(n_sets, n)` and `(n_sets, m)`.
+    The masks are float, `(n_sets, m)` of real and `(n_sets, n)` of predicted cells. Cells i and j weigh `rows[i]` times
+    `columns[0, j]` if cell i is real, `columns[1, j]` if it is predicted.
     """
-    count = first.sum(1)
-    if second is not None:
-        pairs = count * second.sum(1)
-    else:
-        pairs = count * (count - 1).clamp_min(1) if unbiased else count.square()
-    second = first if second is None else second
-    return first[:, :, None] * second[:, None, :] / pairs[:, None, None]
+    n_real = target_mask.shape[1]
+    counts = [each.sum(1, keepdim=True) for each in (target_mask, mask)]
+    rows = torch.cat([target_mask / counts[0], mask / counts[1]], dim=1)
+    columns = rows[:, None].repeat(1, 2, 1)
+    inner = [count / (count - 1).clamp_min(1) if unbiased else torch.ones_like(count) for count in counts]
+    columns[:, 0, :n_real] *= -inner[0]
+    columns[:, 1, n_real:] *= -inner[1]
+    return rows, columns
 
-# %% ../../nbs/models/30_losses.ipynb #pull
-def _pull(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """Gradient `(n_sets, n, n_genes)` of the weighted mean distance between `x` and `y` with respect to `x`."""
-    pull = torch.where(distances == 0, 0.0, weights / distances)
-    return torch.baddbmm(pull.sum(2, keepdim=True) * x, pull, y, alpha=-1)
+# %% ../../nbs/models/30_losses.ipynb #pair-blocks
+def _pair_blocks(cells: torch.Tensor, n_real: int) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Pairs of centred cells `(n_sets, n_cells, n_genes)`, in blocks of rows on and below the diagonal.
 
+    Yields `start, stop, squared, inverses`: squared Euclidean distances `(n_sets, stop - start, stop)` of cells
+    `start:stop` to cells `:stop`, and one over the distances, 0 for (near-)identical pairs. No block crosses `n_real`.
+    """
+    n_cells = cells.shape[1]
+    size = max(32, -(-n_cells // 8))
+    norms = cells.new_empty(cells.shape[:2])
+    for start in (*range(0, n_real, size), *range(n_real, n_cells, size)):
+        stop = min(start + size, n_real if start < n_real else n_cells)
+        squared = torch.bmm(cells[:, start:stop], cells[:, :stop].mT)
+        norms[:, start:stop] = squared[:, :, start:].diagonal(dim1=1, dim2=2)
+        scale = norms[:, start:stop, None] + norms[:, None, :stop]
+        torch.sub(scale, squared, alpha=2, out=squared)
+        different = torch.gt(squared, scale.mul_(1e-6), out=scale)  # 1 or 0: on the CPU faster than a bool mask
+        inverses = squared.clamp_min_(1e-30).rsqrt().mul_(different)
+        yield start, stop, squared, inverses
 
+# %% ../../nbs/models/30_losses.ipynb #energydistance
 class _EnergyDistance(torch.autograd.Function):
-    """Energy distance whose gradient is computed together with its value."""
+    """Energy distance with its closed-form gradient."""
 
     @staticmethod
     def forward(ctx, predicted, target, mask, target_mask, unbiased):
-        shift = (target * target_mask[:, :, None]).sum(1, keepdim=True) / target_mask.sum(1)[:, None, None]
-        x, y = predicted - shift, target - shift
-        to_real, within_x, within_y = _distances(x, y), _distances(x, x), _distances(y, y)
-        within_x.diagonal(dim1=1, dim2=2).zero_()
-        within_y.diagonal(dim1=1, dim2=2).zero_()
-        cross = _pair_weights(mask, target_mask, unbiased)
-        inner_x, inner_y = _pair_weights(mask, None, unbiased), _pair_weights(target_mask, None, unbiased)
-        ctx.gradients = [None, None]
-        if ctx.needs_input_grad[0]:
-            ctx.gradients[0] = _pull(x, y, cross, to_real) - _pull(x, x, inner_x, within_x)
-        if ctx.needs_input_grad[1]:
-            back = _pull(y, x, cross.transpose(1, 2), to_real.transpose(1, 2))
-            ctx.gradients[1] = back - _pull(y, y, inner_y, within_y)
-        inner = (inner_x * within_x).sum((1, 2)) + (inner_y * within_y).sum((1, 2))
-        return (cross * to_real).sum((1, 2)) - 0.5 * inner
+        n_real = target.shape[1]
+        rows, columns = _pair_weights(target_mask, mask, unbiased)
+        n_sets, n_cells = rows.shape
+        centre = torch.bmm(rows[:, None, :n_real], target)
+        cells = target.new_empty(n_sets, n_cells, target.shape[2])
+        torch.sub(target, centre, out=cells[:, :n_real])
+        torch.sub(predicted, centre, out=cells[:, n_real:])
+        first = 0 if ctx.needs_input_grad[1] else n_real if ctx.needs_input_grad[0] else n_cells
+        pull = cells.new_empty(n_sets, n_cells - first, n_cells)
+        value = cells.new_zeros(n_sets)
+        for start, stop, squared, inverses in _pair_blocks(cells, n_real):
+            inverses *= rows[:, start:stop, None] * columns[:, int(start >= n_real), None, :stop]
+            squared *= inverses  # now weight times distance
+            value += squared.sum((1, 2)) - 0.5 * squared[:, :, start:].sum((1, 2))
+            if start >= first:
+                pull[:, start - first : stop - first, :stop] = inverses
+                pull[:, : start - first, start:stop] = inverses[:, :, first:start].mT
+        if first < n_cells:
+            pull[:, :, first:].diagonal(dim1=1, dim2=2).sub_(pull.sum(2))
+            ctx.save_for_backward(pull, cells)
+            ctx.n_predicted = predicted.shape[1]
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        scale = grad_output[:, None, None]
-        gradients = [None if gradient is None else scale * gradient for gradient in ctx.gradients]
-        return *gradients, None, None, None
+        pull, cells = ctx.saved_tensors
+        with torch.autocast(cells.device.type, enabled=False):
+            gradient = torch.bmm(pull, cells).mul_(-grad_output[:, None, None])
+        n_real = gradient.shape[1] - ctx.n_predicted  # 0 where the real cells need none
+        return gradient[:, n_real:], gradient[:, :n_real] if n_real else None, None, None, None
 
-# %% ../../nbs/models/30_losses.ipynb #energy-distance-2
+# %% ../../nbs/models/30_losses.ipynb #energy-distance
 def energy_distance(
     predicted: torch.Tensor,
     target: torch.Tensor,
@@ -95,7 +114,8 @@ def energy_distance(
     Returns
     -------
     torch.Tensor
-        Float32 `(n_sets,)`, differentiable once in `predicted` and `target`. NaN only where a set has no cells.
+        Float32 `(n_sets,)`, differentiable once in `predicted` and `target`. NaN where a set has
+        no cells, or one that is NaN.
     """
     with torch.autocast(predicted.device.type, enabled=False):
         predicted, target = predicted.float(), target.float()
@@ -105,16 +125,19 @@ def energy_distance(
         target_mask = mask if target_mask is None else target_mask
         return _EnergyDistance.apply(predicted, target, mask.float(), target_mask.float(), unbiased)
 
-# %% ../../nbs/models/30_losses.ipynb #auto-blur
+# %% ../../nbs/models/30_losses.ipynb #masked-mean
+def _masked_mean(cells: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean `(n_sets, 1, n_genes)` of each set's cells under the mask, in float32."""
+    return torch.bmm((mask / mask.sum(1, keepdim=True))[:, None], cells.float())
+
+
 def auto_blur(target: torch.Tensor, mask: torch.Tensor) -> float:
     """A tenth of the median distance between different real cells of a set; 0.05 when no set has two."""
     with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-        target, weights = target.float(), mask.float()
-        centre = (target * weights[:, :, None]).sum(1, keepdim=True) / weights.sum(1)[:, None, None]
-        distances = _distances(target - centre, target - centre)
-        different = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
-        values = distances[different]
-        return 0.1 * values.median().item() if values.any() else 0.05
+        centred = target.float() - _masked_mean(target, mask)
+        pairs = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
+        distances = torch.cdist(centred, centred)[pairs]
+        return 0.1 * distances[distances > 0].median().item() if distances.any() else 0.05
 
 
 def sinkhorn(
@@ -122,7 +145,7 @@ def sinkhorn(
 ) -> torch.Tensor:
     """Debiased Sinkhorn divergence with squared Euclidean cost, set by set.
 
-    Parameters are those of `energy_distance`; `blur` is in units of the data, or `"auto"`.
+    Parameters are those of `energy_distance`; `blur` is in units of the data, or `"auto"`: each set's `auto_blur`.
 
     Returns
     -------
@@ -132,11 +155,13 @@ def sinkhorn(
     from geomloss import SamplesLoss
 
     mask = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device) if mask is None else mask
-    blur = auto_blur(target, mask) if blur == "auto" else float(blur)
+    if blur == "auto":
+        sets = zip(predicted.split(1), target.split(1), mask.split(1), strict=True)
+        return torch.cat([sinkhorn(x, y, real, blur=auto_blur(y, real)) for x, y, real in sets])
     with torch.autocast(predicted.device.type, enabled=False):
-        weights = mask.float() / mask.sum(1, keepdim=True)
-        loss = SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")
-        return loss(weights, predicted.float().contiguous(), weights, target.float().contiguous())
+        weights, centre = mask / mask.sum(1, keepdim=True), _masked_mean(target, mask).detach()
+        predicted, target = (torch.where(mask[:, :, None], each.float(), centre) for each in (predicted, target))
+        return SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")(weights, predicted, weights, target)
 
 # %% ../../nbs/models/30_losses.ipynb #mse
 def mse(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,21 +174,36 @@ def mse(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
 class LossDiverged(ArithmeticError):
     """The training loss is no finite number; the message says when, and what to change."""
 
-# %% ../../nbs/models/30_losses.ipynb #set-loss
+# %% ../../nbs/models/30_losses.ipynb #refuse-unread
 SetLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def set_loss(name: str, *, blur: float | str = 0.05, unbiased: bool = True) -> SetLoss:
+def _refuse_unread(name: str, terms: dict[str, float], blur: float | str, unbiased: bool, n_chunks: int) -> None:
+    """Refuse an option that no term of the loss reads."""
+    for option, value, default, readers in (
+        ("blur", blur, ModelKwargs.blur, {"sinkhorn"}),
+        ("unbiased", unbiased, True, {"energy"}),
+        ("mmd_num_chunks", n_chunks, 1, {"energy", "sinkhorn"}),
+    ):
+        if value != default and not readers & terms.keys():
+            raise InputError(
+                f"Setting 'model.kwargs.{option}={value}' has no effect on the loss '{name}'; leave it at {default}."
+            )
+
+
+def set_loss(name: str, *, blur: float | str = 0.05, unbiased: bool = True, n_chunks: int = 1) -> SetLoss:
     """The loss that `model.kwargs.distributional_loss` names.
 
     Parameters
     ----------
     name
-        `energy`, `sinkhorn` or `mse`.
+        `energy`, `sinkhorn`, `mse`, `se`, or a weighted sum such as `energy+0.01*sinkhorn`.
     blur
-        For `sinkhorn`.
+        For `sinkhorn`, in units of the data, or `"auto"`.
     unbiased
         For `energy`.
+    n_chunks
+        Groups of genes over which `energy` and `sinkhorn` are averaged.
 
     Returns
     -------
@@ -173,20 +213,32 @@ def set_loss(name: str, *, blur: float | str = 0.05, unbiased: bool = True) -> S
     Raises
     ------
     InputError
-        For another name, or an option that this loss does not read.
+        For an unknown name, an option that no term reads, or (when called) more groups than genes.
     """
-    if name not in ("energy", "sinkhorn", "mse"):
-        raise InputError(
-            f"unknown loss '{name}'{nearest(name, ['energy', 'sinkhorn', 'mse'])}; choose energy, sinkhorn or mse."
-        )
-    if name != "sinkhorn" and blur != ModelKwargs.blur:
-        raise InputError(
-            f"blur={blur} has no effect on the loss '{name}'; leave model.kwargs.blur at {ModelKwargs.blur}."
-        )
-    if name != "energy" and not unbiased:
-        raise InputError(f"unbiased=False has no effect on the loss '{name}'; leave model.kwargs.unbiased at true.")
-    if name == "energy":
-        return lambda predicted, target, mask=None: energy_distance(predicted, target, mask, unbiased=unbiased)
-    if name == "sinkhorn":
-        return lambda predicted, target, mask=None: sinkhorn(predicted, target, mask, blur=blur)
-    return mse
+    terms = loss_terms(name)
+    _refuse_unread(name, terms, blur, unbiased, n_chunks)
+    losses = {
+        "energy": partial(energy_distance, unbiased=unbiased),
+        "sinkhorn": partial(sinkhorn, blur=blur),
+        "mse": mse,
+    }
+
+    def total(predicted, target, mask=None):
+        return sum(weight * losses[term](predicted, target, mask) for term, weight in terms.items())
+
+    return total if n_chunks == 1 else _over_chunks(total, n_chunks)
+
+
+def _over_chunks(loss: SetLoss, n_chunks: int) -> SetLoss:
+    """The average of a loss over consecutive groups of genes."""
+
+    def average(predicted, target, mask=None):
+        if n_chunks > predicted.shape[-1]:
+            raise InputError(
+                f"Setting 'model.kwargs.mmd_num_chunks' is {n_chunks}, but there are {predicted.shape[-1]} genes; "
+                "choose at most so many groups."
+            )
+        chunks = zip(predicted.chunk(n_chunks, dim=-1), target.chunk(n_chunks, dim=-1), strict=True)
+        return torch.stack([loss(x, y, mask) for x, y in chunks]).mean(0)
+
+    return average

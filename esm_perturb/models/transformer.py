@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_head_dim', 'SelfAttention', 'FeedForward', 'Block', 'SetTransformer']
 
-# %% ../../nbs/models/20_transformer.ipynb #b291d8c5
+# %% ../../nbs/models/20_transformer.ipynb #caf794bb
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,20 +32,14 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_dim: int, n_heads: int, head_dim: int) -> None:
         super().__init__()
         self.n_heads, self.head_dim = n_heads, head_dim
-        self.q_proj = nn.Linear(hidden_dim, n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_dim, n_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_dim, n_heads * head_dim, bias=False)
+        self.qkv_proj = nn.Linear(hidden_dim, 3 * n_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor, attend: torch.Tensor | None) -> torch.Tensor:
         """States `(n_sets, set_len, hidden_dim)`; `attend` is broadcastable to `(n_sets, 1, set_len, set_len)`."""
-        n_sets, set_len, _ = x.shape
-        heads = (n_sets, set_len, self.n_heads, self.head_dim)
-        query, key, value = (
-            project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
-        return self.o_proj(mixed.transpose(1, 2).reshape(n_sets, set_len, -1))
+        heads = self.qkv_proj(x).unflatten(2, (3, self.n_heads, self.head_dim)).transpose(1, 3)
+        mixed = F.scaled_dot_product_attention(*heads.unbind(2), attn_mask=attend)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/20_transformer.ipynb #feedforward
 class FeedForward(nn.Module):
@@ -53,13 +47,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_dim: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_dim, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_dim, intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_dim, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """States of any shape that ends in `hidden_dim`."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -71,7 +65,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(hidden_dim, n_heads, head_dim)
         self.post_attention_layernorm = nn.RMSNorm(hidden_dim, eps=1e-6)
         self.mlp = FeedForward(hidden_dim, intermediate_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor, attend: torch.Tensor | None) -> torch.Tensor:
         """States `(n_sets, set_len, hidden_dim)` in and out."""

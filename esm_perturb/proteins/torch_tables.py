@@ -264,7 +264,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _read_map(path: Path) -> dict[str, int]:
     """The map symbol → row, from `.json` or `.pt`."""
     if not path.is_file():
-        raise MissingFileError(f"Gene map '{path}' does not exist: check --gene_to_esm_map_path.")
+        raise MissingFileError(f"Gene map '{path}' does not exist: check model.kwargs.gene_to_esm_map_path.")
     try:
         text = path.suffix == ".json" and path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_unique) if text is not False else _read_pt(path)
@@ -305,7 +305,9 @@ def load_pt(path: Path, map_path: Path | None) -> TableContent:
     elif isinstance(content, Mapping):
         raise InputError(f"'{path}' already maps symbols to vectors: leave gene_to_esm_map_path empty.")
     elif isinstance(content, torch.Tensor):
-        raise InputError(f"'{path}' is a bare tensor: give the map of its rows with --gene_to_esm_map_path.")
+        raise InputError(
+            f"'{path}' is a bare tensor: give the map of its rows with model.kwargs.gene_to_esm_map_path=FILE."
+        )
     else:
         raise InputError(f"'{path}' holds a {type(content).__name__}, not {{symbol: vector}} and not a tensor.")
     beside = _record_path(path)

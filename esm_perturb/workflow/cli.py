@@ -7,12 +7,14 @@ __all__ = ['COMMANDS', 'pipeline_parser', 'parse', 'run', 'main']
 
 # %% ../../nbs/workflow/20_cli.ipynb #9e1e95a5
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.config import InputError, nearest, resolve_config
+from ..core.config import InputError, nearest
 from ..core.files import new_folder
+from ..core.resolve import resolve_config
 from esm_perturb.workflow.pipelines import (
     PIPELINES,
     Parameter,
@@ -62,6 +64,8 @@ def pipeline_parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"esm-perturb {command}", description=_SUMMARIES[command], allow_abbrev=False)
     declared = read_parameters(pipeline_path(PIPELINES[command]))
     for parameter in declared.values():
+        if parameter.name == "output_dir":
+            parameter = dataclasses.replace(parameter, help=f"run folder; reports/{command} without it")
         if parameter.type is not dict and parameter.name != "overrides":
             _add_flag(parser, parameter)
     if "overrides" in declared:
@@ -82,6 +86,10 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, ob
 def _run_pipeline_command(command: str, words: Sequence[str]) -> None:
     """Run one pipeline notebook from its flags."""
     values = parse(pipeline_parser(command), words)
+    places = [word for word in values.get("overrides", []) if word.startswith("output_dir=")]
+    if places:  # as State's users write it
+        values["overrides"] = [word for word in values["overrides"] if word not in places]
+        values["output_dir"] = places[-1].removeprefix("output_dir=")
     output_dir = values.pop("output_dir", "") or f"reports/{command}"
     html = "notebook.html" if command == "evaluate" else "report.html"
     run_pipeline(PIPELINES[command], values, output_dir=output_dir, label=command, html=html)

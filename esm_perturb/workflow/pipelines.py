@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from ..core.config import InputError, MissingFileError, RunConfig, nearest, resolve_config
+from ..core.config import InputError, MissingFileError, RunConfig, nearest
 from ..core.files import atomic_path, new_folder, project_root, restored_file, write_json
+from ..core.resolve import resolve_config
 
 # %% ../../nbs/workflow/10_pipelines.ipynb #parameter
 PIPELINES = {

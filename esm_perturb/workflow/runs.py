@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['demo_inputs', 'demo_simulation', 'train_run', 'demo_run', 'checkpoint_path', 'read_run', 'split_store', 'predict_run',
-           'read_predictions', 'learning_curves']
+           'read_predictions', 'learning_curves', 'changed_settings', 'training_summary']
 
 # %% ../../nbs/workflow/12_runs.ipynb #5af9bc85
 import dataclasses
@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..core.config import InputError, MissingFileError, RunConfig, from_dict, nearest, resolve_config, to_dict
+from ..core.config import InputError, MissingFileError, RunConfig, encoder_kinds, from_dict, nearest, to_dict
 from ..core.files import read_yaml, restored_file, sha256_file, write_yaml
-from ..core.launch import launch
+from ..core.launch import MEMORY_REMEDIES, KilledError, launch
+from ..core.resolve import resolve_config
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
     from esm_perturb.cells.store import CellStore
-    from esm_perturb.models.training import Prepared
+    from esm_perturb.models.preparation import Prepared
 
 # %% ../../nbs/workflow/12_runs.ipynb #demo-inputs
 def demo_inputs(config: RunConfig, folder: Path) -> RunConfig:
@@ -105,13 +106,11 @@ def train_run(config: RunConfig, *, sink: TextIO | None = None) -> Path:
     folder = Path(config.output_dir)
     with restored_file(folder / "config.yaml") as resolved:
         write_yaml(resolved, to_dict(config))
-        launch(
-            "esm_perturb.models.training",
-            "--config",
-            str(resolved),
-            n_processes=config.training.n_processes,
-            sink=sink,
-        )
+        places = {"n_processes": config.training.n_processes, "n_nodes": config.training.n_nodes}
+        try:
+            launch("esm_perturb.models.training", "--config", str(resolved), **places, sink=sink)
+        except KilledError as error:
+            raise KilledError(f"{error} To need less: {MEMORY_REMEDIES}") from error
     return folder
 
 
@@ -138,7 +137,7 @@ def read_run(run_dir: str | Path) -> RunConfig:
 
 
 def split_store(prepared: "Prepared", split: str) -> "CellStore":
-    """Perturbed cells and controls of one split, in memory.
+    """Perturbed cells and controls of one split, in memory, in the space that is predicted.
 
     Raises
     ------
@@ -151,10 +150,12 @@ def split_store(prepared: "Prepared", split: str) -> "CellStore":
         )
     if not len(prepared.splits.perturbed_indices(split)):
         raise InputError(f"The split '{split}' holds no perturbed cells: name its perturbations in the data .toml.")
-    return prepared.store.subset(prepared.splits.indices(split)).to_memory()
+    return prepared.output.subset(prepared.splits.indices(split)).to_memory()
 
 # %% ../../nbs/workflow/12_runs.ipynb #predict-run
-def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: int) -> "AnnData":
+def predict_run(
+    run_dir: str | Path, prepared: "Prepared", *, split: str, seed: int, shuffle_embeddings: bool = False
+) -> "AnnData":
     """Predicted cells of a split, with the weights of a training run.
 
     Parameters
@@ -166,7 +167,9 @@ def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: 
     split
         `train`, `val` or `test`.
     seed
-        Draws the control cells that predictions start from.
+        Draws the control cells that predictions start from, and the permutation of `shuffle_embeddings`.
+    shuffle_embeddings
+        Give the trained model another gene's features for each gene: does it use them at all?
 
     Returns
     -------
@@ -180,7 +183,6 @@ def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: 
         When the checkpoint is absent or was trained on another split.
     """
     from esm_perturb.evaluation.baselines import ModelPredictor, predict_cells
-    from esm_perturb.models.encoders import encoder_kind
     from esm_perturb.models.state_transition import StateTransition
 
     weights = checkpoint_path(run_dir)
@@ -188,8 +190,15 @@ def predict_run(run_dir: str | Path, prepared: "Prepared", *, split: str, seed: 
     record = {"split": split, "split_hash": prepared.splits.hash, "checkpoint_sha256": sha256_file(weights)}
     if model.extra.get("split_hash") != prepared.splits.hash:
         raise InputError(f"'{weights}' was trained on another split: its data changed since; train again.")
-    method = encoder_kind(read_run(run_dir).model.kwargs)
-    return predict_cells(ModelPredictor(method, model), split_store(prepared, split), seed=seed, record=record)
+    method = "+".join(encoder_kinds(read_run(run_dir).model.kwargs))
+    if shuffle_embeddings:
+        model.pert_encoder.shuffled(seed)
+        method += "_shuffled_at_inference"
+    inputs = None
+    if prepared.targets is not None:
+        inputs = prepared.store.subset(prepared.splits.indices(split)).to_memory()
+    cells = split_store(prepared, split)
+    return predict_cells(ModelPredictor(method, model), cells, seed=seed, record=record, inputs=inputs)
 
 # %% ../../nbs/workflow/12_runs.ipynb #read-predictions
 def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, "AnnData"]:
@@ -213,7 +222,9 @@ def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, "An
         if "esm_perturb" not in predicted.uns:
             raise InputError(f"'{path}' was not written by esm-perturb predict: uns['esm_perturb'] is absent.")
         facts = json.loads(predicted.uns["esm_perturb"])
-        if facts.get("split_hash") != split_hash:
+        if "split_hash" not in facts:
+            raise InputError(f"'{path}' holds predictions of new cells; evaluate wants those of predict --run_dir.")
+        if facts["split_hash"] != split_hash:
             raise InputError(f"'{path}' belongs to another split than the run that is evaluated; predict again.")
         if facts["method"] in methods:
             raise InputError(f"Two prediction files are of method '{facts['method']}'; give one file for each method.")
@@ -227,3 +238,40 @@ def learning_curves(files: Sequence[Path]) -> dict[str, "DataFrame"]:
 
     curves = {Path(file).stem: Path(file).parent / "learning_curve.csv" for file in files}
     return {method: pd.read_csv(path) for method, path in curves.items() if path.is_file()}
+
+# %% ../../nbs/workflow/12_runs.ipynb #changed-settings
+def changed_settings(config: RunConfig) -> "DataFrame":
+    """The settings that differ from the defaults: `setting`, `value`, `default`."""
+    import pandas as pd
+
+    lines = []
+
+    def compare(values: dict, defaults: dict, path: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]:
+                compare(value, defaults[key], f"{path}{key}.")
+            elif value != defaults.get(key):
+                lines.append([f"{path}{key}", value, defaults.get(key)])
+
+    compare(to_dict(config), to_dict(RunConfig()), "")
+    return pd.DataFrame(lines, columns=["setting", "value", "default"]).set_index("setting")
+
+
+def training_summary(run_dir: str | Path) -> "DataFrame":
+    """A training run in a few lines, from its `training.json`."""
+    import pandas as pd
+
+    path = Path(run_dir) / "training.json"
+    if not path.is_file():
+        raise MissingFileError(f"'{path}' does not exist: the run has not ended.")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    rows = {
+        "optimizer steps": f"{told['steps']:,}" + (", ended early" if told["stopped_early"] else ""),
+        "time": f"{told['seconds']:,.0f} s, {told['steps_per_second']:.3g} steps/s",
+        "parameters": f"{told['n_parameters']:,}",
+        "kept as the best": told["best_is"],
+        **{f"its {key}": f"{value:.4g}" for key, value in told["best"].items()},
+        "peak memory": f"{told['peak_memory_bytes'] / 1e9:.2f} GB",
+        "checkpoint": f"{told['checkpoint']['file']}, {told['checkpoint']['bytes'] / 1e6:,.1f} MB",
+    }
+    return pd.DataFrame({"": rows})
