@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -577,6 +578,7 @@ def test_compiled_parts_keep_the_names_of_weights(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
 def test_compiled_training_has_the_curve_of_the_plain_one(folder, tmp_path):
     for name in ("plain", "compiled"):
         training = {"max_steps": 10, "compile": name == "compiled"}

@@ -134,8 +134,6 @@ def _add_compounds(model: "StateTransition", names: list[str], path: str) -> lis
     """Entries from a table of SMILES."""
     import pandas as pd
 
-    if not Path(path).is_file():
-        raise MissingFileError(f"Table of compounds '{path}' does not exist; give a .csv with columns name and smiles.")
     try:
         table = pd.read_csv(path, dtype=str, skipinitialspace=True)
     except ValueError as error:  # empty, or no text
