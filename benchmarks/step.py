@@ -44,7 +44,7 @@ def our_step(
     import numpy as np
 
     from esm_perturb.core.config import ModelKwargs, TrainingConfig
-    from esm_perturb.core.processes import resolve_precision
+    from esm_perturb.core.processes import keep_freed_memory, resolve_precision
     from esm_perturb.models.encoders import build_encoder
     from esm_perturb.models.losses import set_loss
     from esm_perturb.models.state_transition import StateTransition
@@ -62,6 +62,8 @@ def our_step(
     model = StateTransition(settings, [f"G{i}" for i in range(N_GENES)], encoder, nonnegative=True).to(device)
     if compiled:
         model.respond = torch.compile(model.respond)
+    if device == "cpu":
+        keep_freed_memory()  # as training does
     loss, optimizer, precision = set_loss("energy"), build_optimizer(model, training), resolve_precision(training)
     control, perturbed = (torch.rand(N_SETS, set_len, N_GENES, device=device) for _ in range(2))
 

@@ -26,7 +26,14 @@ import torch
 from ..core.config import InputError, RunConfig, from_dict, to_dict
 from ..core.files import provenance, read_yaml, sha256_file, sha256_text, write_json
 from ..core.launch import MEMORY_REMEDIES, input_error_line
-from ..core.processes import join_slurm, rank, resolve_precision, world
+from esm_perturb.core.processes import (
+    device_type,
+    join_slurm,
+    keep_freed_memory,
+    rank,
+    resolve_precision,
+    world,
+)
 from .losses import LossDiverged
 from .preparation import Prepared, build_model, mean_cell, prepare, run_loss
 from .state_transition import StateTransition
@@ -187,6 +194,8 @@ def _fit(config: RunConfig, prepared: Prepared, model: StateTransition, settings
         training, loggers=[x for x in loggers if x is not None], callbacks=[x for x in callbacks if x is not None]
     )
     task = PerturbationTask(model, run_loss(config), training, _batch_places(prepared, data, model))
+    if device_type(training) == "cpu":
+        keep_freed_memory()
     clock = time.perf_counter()
     trainer.fit(task, loader, ckpt_path=str(folder / "last.ckpt") if start else None, weights_only=True)
     summary = _summary(config, prepared, monitor, start=start, seconds=time.perf_counter() - clock)
