@@ -163,6 +163,9 @@ BAD = {
     "not a model": (["embed", "--fasta", "{tiny}/proteins.fasta", "--model", "{broken}/empty_model"], "empty_model"),
     "prediction without a run": (["predict", "--run_dir", "{tiny}"], "folder of a finished training run"),
     "evaluation without a run": (["evaluate", "--run_dir", "{tiny}"], "folder of a training run"),
+    "predictions of no run": (["evaluate", "--predictions", "a.h5ad"], "give --run_dir with --predictions"),
+    "unknown arm": (["evaluate", "--arms", "esm,shufled", "--max_steps", "2"], "did you mean 'shuffled'"),
+    "no seed": (["evaluate", "--arms", "esm", "--n_seeds", "0"], "one seed or more"),
     "unknown command": (["trian"], "did you mean 'train'"),
 }
 
@@ -375,6 +378,48 @@ def test_the_verdict_names_every_baseline_with_an_interval(tiny, evaluated):
         assert 0 <= row["wins"] <= row["n"] and row["outcome"]
 
 
+def test_arms_are_trained_where_they_are_missing_and_used_where_they_are_there(trained, shell, tmp_path):
+    """`train` is the esm arm; a second call trains nothing and predicts nothing anew."""
+    before = snapshot(trained)
+    words = ["evaluate", "--run_dir", trained, "--arms", "esm,onehot,random", "--n_seeds", "2", "--quick"]
+    done = shell("esm-perturb", *words, "--output_dir", "new", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = {path.name for path in (tmp_path / "new").glob("train_*")}
+    assert runs == {"train_esm_seed4", "train_onehot", "train_onehot_seed4", "train_random", "train_random_seed4"}
+    assert snapshot(trained) == before
+    record = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    arms = pd.DataFrame(record["arms"])
+    assert arms["Arm"].tolist() == ["esm", "onehot", "random"] and (arms["Seeds"] == 2).all()
+    methods = {row["baseline"] for row in record["verdict"]}
+    assert methods >= {"onehot", "random", "esm_shuffled_at_inference", "mean_response", "ridge", "knn", "oracle_mean"}
+    splits = {
+        read_yaml(folder / "config.yaml")["data"]["kwargs"]["split_seed"]
+        for folder in (tmp_path / "new").glob("*_seed4")
+        if folder.name.startswith("train")
+    }
+    assert splits == {3}
+    kept = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*") if path.suffix in (".ckpt", ".h5ad")
+    }
+    done = shell("esm-perturb", *words, "--output_dir", "new", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    other = shell(
+        "esm-perturb",
+        "evaluate",
+        "--config",
+        read_yaml(trained / "config.yaml")["data"]["kwargs"]["toml_config_path"],
+        "--arms",
+        "onehot",
+        "--max_steps",
+        "7",
+        "--output_dir",
+        "new",
+        cwd=tmp_path,
+    )
+    assert other.returncode == 2 and "holds a run with another" in other.stderr and other.stderr.count("\n") == 1
+
+
 # ---- embedding runs
 
 
@@ -465,3 +510,50 @@ def test_commands_started_together_do_not_disturb_each_other(isoforms, tmp_path)
         _, told = process.communicate(timeout=300)
         assert process.returncode == 0, told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run0", "run1", "run2"]
+
+
+# ---- proteins
+
+
+@pytest.fixture(scope="module")
+def diffusion(shell, tmp_path_factory) -> Path:
+    """The folder of the diffusion demo."""
+    folder = tmp_path_factory.mktemp("diffusion") / "run"
+    words = ("--max_steps", "6", "sampling.sample_interval=3", "sampling.min_steps_before_sampling=3")
+    done = shell("esm-perturb", "train-diffusion", *words, "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_proteins_are_trained_sampled_and_scored_by_command(diffusion, shell, tmp_path):
+    common = {"report.html", "metrics.json", "run.json", "provenance.json"}
+    made = {"50_train_diffusion.ipynb", "training.json", "samples.html", "samples/step_00000003.csv", "config.yaml"}
+    assert common | made <= names(diffusion)
+    words = ("--model", diffusion, "--n", "3", "--prefix", "MK", "--steps", "20", "--length", "40")
+    done = shell("esm-perturb", "sample", *words, "--output_dir", "drawn", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = pd.read_csv(tmp_path / "drawn" / "samples.csv")
+    assert drawn["sequence"].str.startswith("MK").all() and (drawn["length"] == 40).all()
+    assert drawn["sequence"].nunique() == 3 and drawn["perplexity"].notna().all()
+    words = ("--fasta", tmp_path / "drawn" / "samples.fasta", "--esm_model", "mini_esm2")
+    done = shell("esm-perturb", "score", *words, "--output_dir", "scored", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scored = pd.read_csv(tmp_path / "scored" / "scores.csv")
+    np.testing.assert_allclose(scored["perplexity"], drawn["perplexity"], rtol=1e-4)
+    refused = shell("esm-perturb", "score", *words, "--reference", "no.fasta", "--output_dir", "other", cwd=tmp_path)
+    assert refused.returncode == 2 and "'no.fasta' does not exist" in refused.stderr
+
+
+def test_samples_that_fail_do_not_fail_the_training(shell, tmp_path, monkeypatch):
+    words = ("--max_steps", "4", "sampling.sample_interval=2", "sampling.min_steps_before_sampling=2")
+    (tmp_path / "site").mkdir()
+    broken = (
+        "import esm_perturb.proteins.sampling as s\n\ndef sample(*a, **k): raise MemoryError\n\ns.sample = sample\n"
+    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(broken)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    done = shell("esm-perturb", "train-diffusion", *words, "--output_dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "run" / "samples" / "step_00000002.csv")
+    assert rows["status"].str.startswith("failed: out of memory").all()
+    assert (tmp_path / "run" / "training.json").is_file()

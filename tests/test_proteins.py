@@ -2,19 +2,15 @@
 
 import argparse
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from esm_perturb.core.config import InputError
 from esm_perturb.proteins.embed import embed_sequences
 from esm_perturb.proteins.embeddings import GeneEmbeddings
 from esm_perturb.proteins.esm2 import ALPHABET, ESM2, MASK, save_fair_esm, to_fair_esm_state, tokenize
-from esm_perturb.proteins.perplexity import ESMEvaluator, calculate_esm_perplexity, draw_masks
 from esm_perturb.proteins.sequences import AMINO_ACIDS, RESIDUES
 
 LENGTHS = (5, 40, 17, 40, 1, 63)
@@ -294,87 +290,3 @@ def test_missing_genes_are_named_counted_and_located(tmp_path, caplog):
         vectors = embeddings.lookup(["M0", "A", "M0"], policy="zero").vectors
     assert vectors.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert caplog.messages == ["Gene M0 not found in ESM embeddings, using zero vector"]
-
-
-# Perplexity
-
-
-def test_perplexity_alone_equals_in_a_padded_batch(model, proteins):
-    sequences = list(proteins.values())
-    together = calculate_esm_perplexity(sequences, model, batch_size=len(sequences))
-    alone = [calculate_esm_perplexity([sequence], model, batch_size=1)[0] for sequence in sequences]
-    np.testing.assert_allclose(together, alone, rtol=2e-5)
-    np.testing.assert_allclose(calculate_esm_perplexity(sequences[::-1], model)[::-1], together, rtol=2e-5)
-
-
-def test_perplexity_equals_a_loop_over_fair_esm(model, fair, proteins):
-    sequence = proteins["G5"]
-    ids, _ = tokenize([sequence])
-    nll = []
-    for positions in draw_masks(sequence, seed=7):
-        masked = ids.clone()
-        masked[0, positions + 1] = MASK
-        with torch.inference_mode():
-            log_p = fair(masked)["logits"][0].log_softmax(dim=-1)
-        nll += [-log_p[position + 1, ids[0, position + 1]].item() for position in positions]
-    assert len(nll) == 5 * int(0.15 * 63)
-    assert math.isclose(calculate_esm_perplexity([sequence], model, seed=7)[0], math.exp(np.mean(nll)), rel_tol=2e-5)
-
-
-def test_perplexity_of_a_known_distribution():
-    model = ESM2.new(1, 16, 2)
-    with torch.no_grad():
-        model.network.lm_head.decoder.weight.zero_()
-        model.network.lm_head.bias.copy_(torch.linspace(-2, 2, 33))
-    probability = torch.linspace(-2, 2, 33).softmax(dim=0)
-    evaluator = ESMEvaluator(model)
-    table = evaluator.score(["AAAAAAAAAA", "WWWWW"])
-    expected = [1 / probability[ALPHABET.index(residue)].item() for residue in "AW"]
-    np.testing.assert_allclose(table["perplexity"], expected, rtol=1e-5)
-    np.testing.assert_allclose(evaluator.pseudo_perplexity(["AAAAAAAAAA", "WWWWW"])["perplexity"], expected, rtol=1e-5)
-    np.testing.assert_allclose(table["standard_error"], 0, atol=1e-4)
-
-
-def test_standard_error_is_that_of_the_masks(model, proteins):
-    sequence = proteins["G1"]
-    means = [ESMEvaluator(model, n_masks=5).score([sequence])["nll"][0]]
-    table = ESMEvaluator(model, n_masks=200).score([sequence])
-    assert table["standard_error"][0] > 0
-    assert abs(means[0] - table["nll"][0]) < 5 * table["standard_error"][0] * math.sqrt(40) / table["perplexity"][0]
-
-
-def test_masks_are_stacked_into_few_passes(model, proteins, monkeypatch):
-    passes = []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, mask: passes.append(len(ids)) or hidden(ids, mask))
-    calculate_esm_perplexity(list(proteins.values()), model, batch_size=4)
-    assert passes == [20, 10]
-
-
-def test_unscorable_sequences_keep_their_place(model, proteins, caplog):
-    sequences = ["", proteins["G0"], None, "MK1", "XXX", "M" * 1023, proteins["G0"]]
-    with caplog.at_level("WARNING"):
-        table = ESMEvaluator(model).score(sequences)
-    assert table["perplexity"].isna().tolist() == [True, False, True, True, True, True, False]
-    assert (table["reason"] != "").equals(table["perplexity"].isna())
-    assert len(caplog.messages) == 5
-    assert table["perplexity"][1] == table["perplexity"][6]
-
-
-def test_scoring_disturbs_no_random_state_and_no_mode(model, proteins):
-    model.train()
-    state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    calculate_esm_perplexity(list(proteins.values()), model)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(np.random.get_state()[1], legacy)  # noqa: NPY002
-    model.eval()
-
-
-@given(st.text(alphabet=AMINO_ACIDS + "XU", min_size=1, max_size=80), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_masks_hide_the_stated_number_of_standard_residues(sequence, seed):
-    standard = [index for index, residue in enumerate(sequence) if residue in AMINO_ACIDS]
-    if standard:
-        masks = draw_masks(sequence, seed=seed)
-        assert masks.shape == (5, max(1, int(0.15 * len(standard) + 1e-9)))
-        assert all(len(set(row)) == len(row) and set(row) <= set(standard) for row in masks.tolist())

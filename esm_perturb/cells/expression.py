@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'MAX_LOG1P', 'ValueRange', 'value_range', 'detect_scale', 'size_factors', 'scale_rows', 'normalise_counts',
-           'scatter_rows', 'wanted_rows', 'put_rows', 'dense_rows']
+           'recover_counts', 'scatter_rows', 'wanted_rows', 'put_rows', 'dense_rows']
 
 # %% ../../nbs/cells/12_expression.ipynb #ad03385c
 from dataclasses import dataclass
@@ -138,6 +138,36 @@ def normalise_counts(
     """
     totals = np.asarray(X.sum(axis=1, dtype=np.float64)).reshape(-1)
     return scale_rows(X, size_factors(totals, target_sum))
+
+# %% ../../nbs/cells/12_expression.ipynb #recover-counts
+def recover_counts(X: scipy.sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> scipy.sparse.csr_matrix:
+    """The counts that `normalise_counts` was given, exactly; genes may have been left out since.
+
+    Parameters
+    ----------
+    X
+        (n_cells, n_genes) natural-log log1p values, CSR.
+    totals
+        (n_cells,) float64, counts of each cell over all genes.
+    target_sum
+        As it was given then.
+
+    Returns
+    -------
+    csr_matrix
+        float32, whole numbers.
+
+    Raises
+    ------
+    InputError
+        When the result is not whole: the values were no counts, or belong to other totals.
+    """
+    factors = np.repeat(np.asarray(totals, dtype=np.float64) / target_sum, np.diff(X.indptr))
+    values = np.expm1(X.data.astype(np.float64)) * factors
+    counts = np.rint(values)
+    if (np.abs(values - counts) > np.minimum(1e-3 + 4e-6 * counts, 0.49)).any():
+        raise InputError("These log1p values do not come from whole counts of the stated totals; no counts to recover.")
+    return scipy.sparse.csr_matrix((counts.astype(np.float32), X.indices, X.indptr), shape=X.shape)
 
 # %% ../../nbs/cells/12_expression.ipynb #scatter-rows
 @numba.njit(nogil=True, cache=True)

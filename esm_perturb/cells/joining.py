@@ -395,6 +395,7 @@ def join(sources: Sequence[Source], data: DataKwargs, *, in_memory: bool | None 
     record |= {"scale": "log1p" if counts else scale, "empty_cells": sum(s.record["empty_cells"] for s in sources)}
     if counts:
         record["target_sum"] = data.target_sum
+        obs["n_counts"] = np.concatenate([source.totals for source in sources])
     if record["empty_cells"]:
         _LOGGER.warning("%d of %d cells have no expression at all; they stay zero.", record["empty_cells"], len(obs))
     if decides and not in_memory:

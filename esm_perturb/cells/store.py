@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Condition', 'group_rows', 'CellStore', 'drop_perturbations', 'draw_controls', 'read_cells', 'store_from_anndata']
 
-# %% ../../nbs/cells/20_store.ipynb #8ebd3af1
+# %% ../../nbs/cells/20_store.ipynb #aa9a4472
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import pandas as pd
 import scipy.sparse
 
 from .disk_matrix import CscFile, CsrFile, DenseFile, DiskMatrix, open_matrix
-from .expression import dense_rows
+from .expression import dense_rows, recover_counts
 from .joining import MemoryMatrix, check_settings, checked_source, join, open_sources
 from .prepared import open_prepared
 from .reading import column_names, matrix_key
@@ -62,7 +62,7 @@ class CellStore:
         Names of the columns of `X`, unique.
     obs
         Index: unique cell names. Categorical text columns `dataset`, `cell_type`, `perturbation` (canonical), `batch`,
-        `modality`.
+        `modality`; `n_counts` (float64), each cell's counts over all genes of its file, where files hold counts.
     control
         Perturbation label of control cells.
     scale, scale_found
@@ -115,6 +115,20 @@ class CellStore:
         for start in range(0, len(indices), 4096):
             total += self.rows(indices[start : start + 4096]).sum(axis=0, dtype=np.float64)
         return total / len(indices)
+
+    def counts(self, indices: np.ndarray) -> scipy.sparse.csr_matrix:
+        """Raw counts of some cells, as the files had them: float32 whole numbers (len(indices), n_genes)."""
+        if self.scale_found != "counts" or self.scale != "log1p":
+            raise InputError(f"These cells came on scale '{self.scale_found}', not as counts: no counts to recover.")
+        if "n_counts" not in self.obs:
+            raise InputError(
+                "These cells name no total counts (obs column 'n_counts'); run `esm-perturb prepare` again."
+            )
+        indices = np.asarray(indices, dtype=np.int64)
+        starts = range(0, max(len(indices), 1), 4096)
+        blocks = [scipy.sparse.csr_matrix(self.rows(indices[start : start + 4096])) for start in starts]
+        totals = self.obs["n_counts"].to_numpy()[indices]
+        return recover_counts(scipy.sparse.vstack(blocks, format="csr"), totals, self.record["target_sum"])
 
     def subset(self, indices: np.ndarray) -> "CellStore":
         """A store of some cells, in the order asked for; on disk a view, nothing is read."""

@@ -67,6 +67,7 @@ class DataKwargs:
     basal_mapping_strategy: str = "random"  # random | batch
     num_workers: int = 0
     val_fraction: float = 0.1  # of training perturbations, when the file names none for validation
+    split_seed: int | None = None  # draws validation perturbations and test controls; null: training.seed
     share_controls: bool = False  # True: every split sees all controls, as cell-load does
     pad: str = "mask"  # mask | resample
     scale: str = "auto"  # auto | counts | log1p | other

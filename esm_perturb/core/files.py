@@ -102,14 +102,20 @@ def write_json(path: str | Path, value: object) -> Path:
     return write_text(path, to_json(value) + "\n")
 
 # %% ../../nbs/core/20_files.ipynb #new-folder
-_FINISHED = ("shards", "checkpoints")  # parts of long work, which a later run goes on from
+_FINISHED = (
+    "shards",
+    "checkpoints",
+    "scores.csv",
+    "scores.csv.parts",
+    "samples.csv",
+)  # parts of long work, which a later run goes on from
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Make a folder unless it exists; what is new of it is removed when the block raises an `InputError`.
 
-    It stays when it holds `shards` or `checkpoints` by then: hours of work, as when a disk is full.
+    It stays when it, or a folder in it, holds `shards` or `checkpoints` by then: hours of work, as when a disk is full.
 
     Raises
     ------
@@ -129,7 +135,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield folder
     except InputError:
-        if missing and not any((folder / name).exists() for name in _FINISHED):
+        if missing and not any(
+            found for name in _FINISHED for found in (*folder.glob(name), *folder.glob(f"*/{name}"))
+        ):
             shutil.rmtree(folder)
         for parent in missing[1:]:
             if not any(parent.iterdir()):

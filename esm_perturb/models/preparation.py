@@ -251,7 +251,7 @@ def prepare(config: RunConfig) -> Prepared:
         control=store.control,
         val_fraction=data.val_fraction,
         share_controls=data.share_controls,
-        seed=config.training.seed,
+        seed=config.training.seed if data.split_seed is None else data.split_seed,
         ignore=set(found.dropped["perturbation"]),
     )
     check_gene_selection(store, splits)

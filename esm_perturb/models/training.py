@@ -228,6 +228,7 @@ def _summary(config: RunConfig, prepared: Prepared, monitor: "Monitor", *, start
         "last": monitor.latest,
         "record": monitor.extra,
         "checkpoint": {"file": "checkpoints/best.ckpt", "sha256": sha256_file(best), "bytes": best.stat().st_size},
+        "cells": [{name: file[name] for name in ("file", "sha256")} for file in prepared.store.record.get("files", [])],
         "splits": prepared.splits.table.reset_index().to_dict("list"),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte,
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

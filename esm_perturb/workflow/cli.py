@@ -55,6 +55,9 @@ _SUMMARIES = {
     "train": "train a State-Transition model",
     "predict": "predict cells of held-out perturbations",
     "evaluate": "score predictions against baselines and write the report",
+    "train-diffusion": "train a protein diffusion model",
+    "sample": "draw proteins from a diffusion model and score them",
+    "score": "score the proteins of a FASTA file with ESM2",
     "pretrain": "train a mini ESM2 on FASTA files",
 }
 
@@ -99,7 +102,7 @@ def _run_pipeline_command(command: str, words: Sequence[str]) -> None:
 # %% ../../nbs/workflow/20_cli.ipynb #demo
 def _demo(words: Sequence[str]) -> None:
     """The whole main job on the embedded default, or on real cells."""
-    from esm_perturb.evaluation.report import index_is_ours, rebuild_index
+    from esm_perturb.evaluation.report_index import index_is_ours, rebuild_index
     from esm_perturb.workflow.study import ARMS, demo_study, realdata_study, run_study
 
     parser = _Parser(
@@ -112,6 +115,7 @@ def _demo(words: Sequence[str]) -> None:
     parser.add_argument("--max_steps", type=int, default=0, help="optimizer steps for each arm; 0: the configuration's")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation and of training")
     parser.add_argument("--arms", type=_comma_list, default=list(ARMS), help="perturbation encoders to compare")
+    parser.add_argument("--n_seeds", type=int, default=1, help="training runs of each arm")
     told = argparse.Namespace(**parse(parser, words))
     with new_folder(told.output_dir):
         if told.realdata:
@@ -120,6 +124,7 @@ def _demo(words: Sequence[str]) -> None:
             )
         else:
             study = demo_study(told.output_dir, seed=told.seed, max_steps=told.max_steps, arms=told.arms)
+        study = dataclasses.replace(study, n_seeds=told.n_seeds)
     report = run_study(study, told.output_dir)
     print(f"\nReport:    {report}\nNumbers:   {report.parent / 'metrics.json'}\nNotebooks: {report.parent}/**/*.ipynb")
     if report.parent.parent.name == "reports" and index_is_ours(report.parent.parent):
@@ -165,7 +170,7 @@ def _fetch(words: Sequence[str]) -> None:
 
 def _report(words: Sequence[str]) -> None:
     """Rebuild the index of all runs."""
-    from esm_perturb.evaluation.report import rebuild_index
+    from esm_perturb.evaluation.report_index import rebuild_index
 
     parser = _Parser(prog="esm-perturb report", description="rebuild reports/index.html", allow_abbrev=False)
     parser.add_argument("reports", nargs="?", default="reports", help="the folder of runs")
@@ -253,12 +258,15 @@ COMMANDS = {
 # %% ../../nbs/workflow/20_cli.ipynb #usage
 def _usage() -> str:
     """The command's overview."""
-    rows = [f"  {name:<10}{summary}" for name, summary in _SUMMARIES.items()]
-    rows += ["  demo      run the main job on simulated cells, or on real ones with --realdata"]
-    rows += ["  report    rebuild reports/index.html", "  check     show what a file of cells or embeddings holds"]
-    rows += ["  fetch     download human or mouse proteins, or HGNC's gene names"]
-    rows += ["  split     draw a split: random, by protein family or distance, by cell type, of combinations"]
-    rows += ["  prepare   write cells as one sorted file, to be read from disk"]
+    rows = [f"  {name:<17}{summary}" for name, summary in _SUMMARIES.items()]
+    rows += ["  demo             run the main job on simulated cells, or on real ones with --realdata"]
+    rows += [
+        "  report           rebuild reports/index.html",
+        "  check            show what a file of cells or embeddings holds",
+    ]
+    rows += ["  fetch            download human or mouse proteins, or HGNC's gene names"]
+    rows += ["  split            draw a split: random, by protein family or distance, by cell type, of combinations"]
+    rows += ["  prepare          write cells as one sorted file, to be read from disk"]
     return (
         "usage: esm-perturb COMMAND [--flag value …] [path=value …]\n\n"
         + "\n".join(rows)

@@ -29,6 +29,9 @@ PIPELINES = {
     "train": "20_train",
     "predict": "30_predict",
     "evaluate": "40_evaluate",
+    "train-diffusion": "50_train_diffusion",
+    "sample": "60_sample_proteins",
+    "score": "70_score_proteins",
     "pretrain": "80_pretrain_mini_esm2",
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+import numpy as np
+
 from ..core.config import InputError, MissingFileError, RunConfig, encoder_kinds, from_dict, nearest, to_dict
 from ..core.files import read_yaml, restored_file, sha256_file, write_yaml
 from ..core.launch import MEMORY_REMEDIES, KilledError, launch
@@ -154,7 +156,13 @@ def split_store(prepared: "Prepared", split: str) -> "CellStore":
 
 # %% ../../nbs/workflow/12_runs.ipynb #predict-run
 def predict_run(
-    run_dir: str | Path, prepared: "Prepared", *, split: str, seed: int, shuffle_embeddings: bool = False
+    run_dir: str | Path,
+    prepared: "Prepared",
+    *,
+    split: str,
+    seed: int,
+    shuffle_embeddings: bool = False,
+    perturbations: Sequence[str] = (),
 ) -> "AnnData":
     """Predicted cells of a split, with the weights of a training run.
 
@@ -170,6 +178,8 @@ def predict_run(
         Draws the control cells that predictions start from, and the permutation of `shuffle_embeddings`.
     shuffle_embeddings
         Give the trained model another gene's features for each gene: does it use them at all?
+    perturbations
+        Those of the split to predict; empty for all.
 
     Returns
     -------
@@ -198,20 +208,24 @@ def predict_run(
     if prepared.targets is not None:
         inputs = prepared.store.subset(prepared.splits.indices(split)).to_memory()
     cells = split_store(prepared, split)
+    if perturbations:
+        kept = np.flatnonzero(cells.obs["perturbation"].isin([*perturbations, cells.control]))
+        cells, inputs = cells.subset(kept), None if inputs is None else inputs.subset(kept)
     return predict_cells(ModelPredictor(method, model), cells, seed=seed, record=record, inputs=inputs)
 
 # %% ../../nbs/workflow/12_runs.ipynb #read-predictions
-def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, "AnnData"]:
-    """Prediction files by method, in their order.
+def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, list["AnnData"]]:
+    """Prediction files by method, in their order; several of a method are runs of several seeds.
 
     Raises
     ------
     InputError
-        When a file is absent, is not one of ours, belongs to another split, or repeats a method.
+        When a file is absent, is not one of ours, belongs to another split, or repeats a checkpoint of a method.
     """
     import anndata
 
-    methods: dict[str, AnnData] = {}
+    methods: dict[str, list[AnnData]] = {}
+    weights = set()
     for path in map(Path, files):
         if not path.is_file():
             raise MissingFileError(f"Predictions '{path}' do not exist; make them with esm-perturb predict.")
@@ -226,9 +240,10 @@ def read_predictions(files: Sequence[Path], *, split_hash: str) -> dict[str, "An
             raise InputError(f"'{path}' holds predictions of new cells; evaluate wants those of predict --run_dir.")
         if facts["split_hash"] != split_hash:
             raise InputError(f"'{path}' belongs to another split than the run that is evaluated; predict again.")
-        if facts["method"] in methods:
-            raise InputError(f"Two prediction files are of method '{facts['method']}'; give one file for each method.")
-        methods[facts["method"]] = predicted
+        if (run := (facts["method"], facts.get("checkpoint_sha256"))) in weights:
+            raise InputError(f"'{path}' repeats the trained run of method '{run[0]}'; give one file for each run.")
+        weights.add(run)
+        methods.setdefault(facts["method"], []).append(predicted)
     return methods
 
 

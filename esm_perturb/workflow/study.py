@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.config import InputError, MissingFileError, nearest
+from ..core.config import InputError, MissingFileError
 from ..core.files import project_root, sha256_file, to_json, write_json, write_text
+from .arms import check_arms
 from .pipelines import LiveProgress, run_pipeline
 from .runs import demo_simulation
 
 # %% ../../nbs/workflow/15_study.ipynb #study
-ARMS = ("esm", "onehot", "shuffled")
+ARMS = ("esm", "onehot", "random", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Study:
         Parameters of the embedding pipeline besides `fasta`.
     arms
         Perturbation encoders to train; the first one is judged.
+    n_seeds
+        Training runs of each arm; those beyond the first are trained by the evaluation.
 
     Raises
     ------
@@ -48,13 +51,10 @@ class Study:
     parameters: Mapping[str, object]
     embed: Mapping[str, object]
     arms: Sequence[str] = ARMS
+    n_seeds: int = 1
 
     def __post_init__(self) -> None:
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            raise InputError(f"Name each arm once, and at least one; found '{','.join(self.arms)}'.")
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise InputError(f"Unknown arm '{arm}'{nearest(arm, ARMS)}; choose from {', '.join(ARMS)}.")
+        check_arms(self.arms, self.n_seeds)
 
 # %% ../../nbs/workflow/15_study.ipynb #run-study
 def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index.html") -> Path:
@@ -99,9 +99,9 @@ def run_study(study: Study, output_dir: str | Path, *, report_name: str = "index
         run_pipeline(
             "30_predict", told, output_dir=output_dir / f"predict_{arm}", label=f"[{3 + 2 * i}/{total}] predict {arm}"
         )
-    predictions = [str(output_dir / f"predict_{arm}" / f"{arm}.h5ad") for arm in study.arms]
     told = {
-        "predictions": predictions,
+        "arms": list(study.arms),
+        "n_seeds": study.n_seeds,
         "run_dir": str(output_dir / f"train_{study.arms[0]}"),
         "fasta": str(study.fasta),
         "title": study.title,
