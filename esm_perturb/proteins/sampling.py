@@ -286,7 +286,8 @@ def sample(
     temperature
         1: the model's own distribution; below: likelier residues more often.
     fixed
-        Residues that stay: a template (`"MK__GG"`) or positions → residues (`{0: "M", -6: "HHHHHH"}`).
+        Residues that stay: a template (`"MK__GG"`) or positions → residues (`{0: "M", -6: "HHHHHH"}`). With uniform
+        noise what is drawn around them is only roughly in proportion, because the network takes them for noised.
     on_step
         Called after each step with its number (from 1), the time and the tokens.
     keep_trajectory

@@ -8,6 +8,7 @@ __all__ = ['CLASSES', 'read_scores', 'draw_perplexities', 'draw_entropy', 'draw_
 # %% ../../nbs/proteins/56_scoring_report.ipynb #ed9bac65
 import base64
 import io
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -162,6 +163,19 @@ def _rows(table: pd.DataFrame) -> str:
     return f'<div class="scroll"><table>{head}{rows}</table></div>'
 
 # %% ../../nbs/proteins/56_scoring_report.ipynb #scoring-report
+def _measure(scores: str | Path) -> str:
+    """What was measured, by which model, in a sentence, from the JSON beside the scores."""
+    path = Path(scores).with_suffix(".json")
+    if not path.is_file():
+        raise InputError(f"'{path}' is not beside the scores, so it is not known what they are; score the file again.")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    letters = "the 20 amino acids" if told["aa_only"] else "the whole alphabet"
+    if told["kind"] == "pseudo_perplexity":
+        return f"Pseudo-perplexity by {told['model']} over {letters}: each residue hidden once, alone."
+    masks = f"{told['n_masks']} masks of {told['mask_fraction']:.0%} of the residues, seed {told['seed']}"
+    return f"Masked perplexity by {told['model']} over {letters}: {masks}."
+
+
 def scoring_report(
     scores: str | Path,
     fasta: str | Path,
@@ -191,7 +205,8 @@ def scoring_report(
     """
     table = read_scores(scores, fasta)
     scored = table[table["status"] == "scored"]
-    body = [f"<p>{len(scored)} of {len(table)} sequences of {escape(Path(fasta).name)} were scored.</p>"]
+    counts = f"{len(scored)} of {len(table)} sequences of {escape(Path(fasta).name)} were scored"
+    body = [f"<p>{counts}. {escape(_measure(scores))}</p>"]
     if len(scored):
         sample = scored.sample(min(most, len(scored)), random_state=0)["sequence"].tolist()
         body += [_figure(draw_perplexities, scored), _figure(draw_entropy, scored)]

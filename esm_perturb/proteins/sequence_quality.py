@@ -194,15 +194,16 @@ def quality_summary(
     model
         With a reference of four or more: embeds both sets for the Fréchet distance.
     seed, most_pairs
-        Of the pairs for diversity, and of the reference's halves.
+        Of the pairs for diversity, and of the reference's parts.
 
     Returns
     -------
     dict
         `n`, `n_empty`, `unique_share`, means of `quality_table`'s columns, `diversity` with `diversity_pairs`; with a
         reference also `novelty_mean`, `copied_share`, `amino_acid_divergence`, `length_distance`; with a model
-        `frechet_distance`, `frechet_n`, `frechet_reference_n`, and `frechet_between_natural` with
-        `frechet_between_natural_n`: two disjoint sets of natural proteins.
+        `frechet_distance`, `frechet_n`, `frechet_reference_n`, and `frechet_between_natural` with its
+        spread `frechet_between_natural_sd`: five draws of `frechet_between_natural_n` natural proteins against the
+        other ones, as near to the sizes of the two sets as the reference allows.
     """
     if isinstance(sequences, str) or not len(sequences):
         raise InputError("Give a list of at least one sequence.")
@@ -219,9 +220,10 @@ def quality_summary(
     summary["length_distance"] = float(wasserstein_distance(*([len(s) for s in part] for part in (present, reference))))
     if model is not None and len(present) > 1 and len(reference) > 3:
         natural, size = _vectors(model, reference), min(len(present), len(reference) // 2)
-        halves = np.split(rng.permutation(len(natural))[: 2 * max(2, size)], 2)
+        size, orders = max(2, size), [rng.permutation(len(natural)) for _ in range(5)]
+        between = [frechet_distance(natural[order[:size]], natural[order[size:]]) for order in orders]
         summary["frechet_distance"] = frechet_distance(_vectors(model, present), natural)
         summary |= {"frechet_n": len(present), "frechet_reference_n": len(reference)}
-        summary["frechet_between_natural"] = frechet_distance(*(natural[half] for half in halves))
-        summary["frechet_between_natural_n"] = len(halves[0])
+        summary |= {"frechet_between_natural": float(np.mean(between)), "frechet_between_natural_n": size}
+        summary["frechet_between_natural_sd"] = float(np.std(between, ddof=1))
     return summary
