@@ -197,13 +197,16 @@ def arms_of(parameters: Mapping[str, object], base: RunConfig) -> list[str]:
 
 # %% ../../nbs/workflow/16_arms.ipynb #predict-arms
 def check_inputs(run_dir: str | Path, prepared: "Prepared") -> None:
-    """Refuse a run whose cells or embeddings were other files' content than those of now, with an `InputError`."""
+    """Refuse a run whose cells or embeddings were other files' content than those of now, with an `InputError`.
+
+    Runs of earlier versions did not record their cells; of these only the embeddings are compared.
+    """
     trained = json.loads((Path(run_dir) / "training.json").read_text(encoding="utf-8"))
     embeddings = trained["provenance"]["inputs"].get("embeddings")
     path = read_run(run_dir).model.kwargs.esm_embeddings_path
     changed = path if embeddings and sha256_file(path) != embeddings["sha256"] else ""
     now = {file["file"]: file["sha256"] for file in prepared.store.record.get("files", [])}
-    for file in trained["cells"]:
+    for file in trained.get("cells", []):
         if file["sha256"] not in now.values():
             changed = file["file"]
     if changed:
