@@ -13,6 +13,7 @@ import scipy.stats
 
 from esm_perturb.cells.store import CellStore, store_from_anndata
 from esm_perturb.core.config import DataKwargs, InputError
+from esm_perturb.evaluation import vcc2026
 from esm_perturb.evaluation.baselines import MeanResponse, NoChange, predict_cells
 from esm_perturb.evaluation.cell_eval import KEYS, cell_eval_metrics, contexts_of, predicted_cells, predicted_rows
 from esm_perturb.evaluation.vcc2026 import counts_at_depth, scaled_scores
@@ -244,6 +245,23 @@ def test_better_predictions_score_higher_and_both_ends_are_where_they_should_be(
     members = scaled[scaled["metric"] != "avg_score"]
     assert members.groupby("metric")["baseline"].nunique().eq(1).all()
     assert (members["score"].groupby(members["method"]).mean() - averages).abs().max() < 1e-9
+
+
+def test_each_perturbation_drawn_once_scores_what_cell_eval2_scores(screen, monkeypatch):
+    test, predictions = screen
+    both = {"good": [predictions["good"], predictions["no_change"]], "mean_response": predictions["mean_response"]}
+    monkeypatch.setattr(vcc2026, "_draws", lambda names, seed: pd.DataFrame(1, index=range(3), columns=list(names)))
+    once, _ = scaled_scores(test, both)
+    np.testing.assert_allclose(once["low"], once["score"], atol=1e-9)
+    np.testing.assert_allclose(once["high"], once["score"], atol=1e-9)
+
+
+def test_the_scaled_score_has_an_interval_over_perturbations(screen):
+    test, predictions = screen
+    scaled, _ = scaled_scores(test, predictions)
+    averages = scaled.query("metric == 'avg_score'").set_index("method")
+    assert (averages["low"] < averages["score"]).all() and (averages["score"] < averages["high"]).all()
+    assert averages.loc["good", "low"] > averages.loc["no_change", "high"]
 
 
 def test_rounding_to_counts_keeps_means_and_silent_genes():

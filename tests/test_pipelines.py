@@ -118,8 +118,8 @@ def broken(tiny, tmp_path_factory) -> Path:
     """Inputs with one fault each."""
     folder = tmp_path_factory.mktemp("broken")
     toml = (tiny / "split.toml").read_text().replace('"cells.h5ad"', f'"{tiny / "cells.h5ad"}"')
-    assert "FAM01_" in toml
-    (folder / "misspelt.toml").write_text(toml.replace("FAM01_", "FAM01-"))
+    assert "FAM01-" in toml
+    (folder / "misspelt.toml").write_text(toml.replace("FAM01-", "FAM01_"))
     cells = anndata.read_h5ad(tiny / "cells.h5ad")
     cells[cells.obs["gene"] != "non-targeting"].write_h5ad(folder / "no_controls.h5ad")
     (folder / "no_controls.toml").write_text(toml.replace(str(tiny / "cells.h5ad"), "no_controls.h5ad"))
@@ -138,9 +138,9 @@ BAD = {
     "unknown override": ([*TRAIN, "model.kwargs.hiden_dim=8"], "'model.kwargs.hiden_dim' (did you mean 'hidden_dim'?)"),
     "unknown perturbation": (
         ["train", "--config", "{tiny}/run.yaml,{broken}/misspelt.toml"],
-        r"'FAM01-\d\d' .*misspelt.toml .*\(did you mean 'FAM01_\d\d'\?\)",
+        r"'FAM01_\d\d' .*misspelt.toml .*\(did you mean 'FAM01-\d\d'\?\)",
     ),
-    "missing gene": ([*TRAIN, "--esm_embeddings_path", "{broken}/one_short.pt"], r"FAM01_01.* missing_genes=drop"),
+    "missing gene": ([*TRAIN, "--esm_embeddings_path", "{broken}/one_short.pt"], r"FAM01-01.* missing_genes=drop"),
     "missing embeddings": (
         ["train", "--esm_embeddings_path", "no.pt"],
         r"no.pt' does not exist.* --esm_embeddings_path",
@@ -347,7 +347,7 @@ def test_every_run_folder_holds_what_is_documented(trained, evaluated):
 def test_predictions_are_one_cell_for_each_real_test_cell(tiny, trained, evaluated):
     predicted = anndata.read_h5ad(evaluated / "predict" / "esm.h5ad")
     real = anndata.read_h5ad(tiny / "cells.h5ad")
-    held_out = set(re.findall(r"FAM\d\d_\d\d", (tiny / "split.toml").read_text()))
+    held_out = set(re.findall(r"FAM\d\d-\d\d", (tiny / "split.toml").read_text()))
     assert set(predicted.obs["perturbation"]) == held_out
     assert predicted.n_obs == int(real.obs["gene"].isin(held_out).sum())
     assert list(predicted.var_names) == list(real.var_names)
@@ -372,7 +372,7 @@ def test_reports_ask_the_network_for_nothing(trained, evaluated):
 def test_the_verdict_names_every_baseline_with_an_interval(tiny, evaluated):
     verdict = json.loads((evaluated / "evaluate" / "metrics.json").read_text())["verdict"]
     assert {row["baseline"] for row in verdict} >= {NoChange.name, MeanResponse.name, RidgeOnEmbeddings.name}
-    held_out = set(re.findall(r"FAM\d\d_\d\d", (tiny / "split.toml").read_text()))
+    held_out = set(re.findall(r"FAM\d\d-\d\d", (tiny / "split.toml").read_text()))
     for row in verdict:
         assert row["low"] <= row["mean_difference"] <= row["high"] and row["n"] == len(held_out)
         assert 0 <= row["wins"] <= row["n"] and row["outcome"]

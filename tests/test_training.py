@@ -429,7 +429,7 @@ def test_bad_input_ends_with_code_2_one_sentence_and_no_files(folder, tmp_path):
 
 
 BAD = {
-    "misspelt test gene": ({}, ("FAM01_0", "FAM01-0"), "did you mean"),
+    "misspelt test gene": ({}, ("FAM01-0", "FAM01_0"), "did you mean"),
     "misspelt cell type": ({}, ("line_A", "line_a"), "line_A"),
     "wrong control": ({"data": {"control_pert": "ctrl"}}, None, "non-targeting"),
     "missing column": ({"data": {"pert_col": "perturbation"}}, None, "perturbation"),

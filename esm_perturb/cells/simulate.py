@@ -73,7 +73,7 @@ def simulate_families(config: SimulationConfig, rng: np.random.Generator) -> tup
         composition = rng.dirichlet(_BACKGROUND)
         ancestor = rng.choice(20, size=rng.integers(100, 200), p=composition)
         for member in range(config.genes_per_family):
-            gene = f"FAM{family + 1:02d}_{member + 1:02d}"
+            gene = f"FAM{family + 1:02d}-{member + 1:02d}"
             child = _evolve(ancestor, config.divergence, rng)
             sequences[gene] = "M" + "".join(RESIDUES[residue] for residue in child)
             families[gene] = f"FAM{family + 1:02d}"

@@ -74,8 +74,8 @@ def align_genes(predicted: "AnnData", gene_names: Sequence[str], method: str) ->
     return predicted[:, found.get_indexer(list(gene_names))].copy(), f"{method}: {what}."
 
 # %% ../../nbs/evaluation/23_alignment.ipynb #check-values
-def check_values(predicted: "AnnData", real_mean: float, scale: str, method: str, block: int = 4096) -> None:
-    """Refuse values that are not finite, or that are not on the scale of the test cells.
+def check_values(predicted: "AnnData", real_mean: float, scale: str, method: str, block: int = 4096) -> str | None:
+    """Refuse values that are not finite, or that are not on the scale of the test cells; a note where one may doubt.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def check_values(predicted: "AnnData", real_mean: float, scale: str, method: str
         largest, whole = max(largest, float(values.max(initial=0))), whole and bool((values == np.round(values)).all())
         negative -= np.minimum(values, 0).sum(dtype=np.float64)
     if scale != "log1p":
-        return
+        return None
     if negative > (total + 2 * negative) / 3:
         raise InputError(
             f"{method} has a large share of negative values, like z-scores or bare responses, and the test cells are "
@@ -112,6 +112,12 @@ def check_values(predicted: "AnnData", real_mean: float, scale: str, method: str
             f"{method} has {found} and the test cells (log1p) have mean {real_mean:.3g}: predict on the scale of "
             "the data; counts have to be normalised to its target sum and log1p-transformed"
         )
+    if 0.8 <= mean / real_mean <= 1.25:
+        return None
+    return (
+        f"{method}: its values are {mean / real_mean:.2f} times the real ones on average (log2 values would be 1.44 "
+        "times, another target sum shifts them too): check its scale."
+    )
 
 # %% ../../nbs/evaluation/23_alignment.ipynb #match-conditions
 def match_conditions(
@@ -204,8 +210,8 @@ def align(
         aligned[method] = []
         for adata in seeds:
             adata, note = align_genes(adata, real.gene_names, method)
-            check_values(adata, real_mean, real.scale, method)
+            doubt = check_values(adata, real_mean, real.scale, method)
             rows, odd = match_conditions(adata, real, method)
             aligned[method].append(Predicted(adata, rows))
-            notes += [*([note] if note else []), *odd]
+            notes += [*([note] if note else []), *([doubt] if doubt else []), *odd]
     return aligned, list(dict.fromkeys(notes))

@@ -265,7 +265,8 @@ def energy_figure(evaluation: Evaluation, projection: Projection, method: str) -
     ):
         image = panel.imshow(matrix, cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
         _dress(panel, evaluation, shown, title)
-    drawing.colorbar(image, ax=axes[0, :], location="bottom", label="energy distance", shrink=0.6)
+    label = "energy distance on principal components"
+    drawing.colorbar(image, ax=axes[0, :], location="bottom", label=label, shrink=0.6)
     matrix = matrices[1]
     nearest = int((np.nan_to_num(matrix, nan=np.inf).argmin(axis=1) == np.arange(len(matrix))).sum())
     off = matrix[~np.eye(len(matrix), dtype=bool)]
@@ -273,7 +274,7 @@ def energy_figure(evaluation: Evaluation, projection: Projection, method: str) -
     caption = (
         f"Predicted cells of {method_style(method).label} are nearest to the real cells of their own perturbation for "
         f"{nearest} of {len(matrix)} conditions. Mean distance to their own {np.nanmean(np.diag(matrix)):.3g}"
-        f"{elsewhere}."
+        f"{elsewhere}. On principal components, which is another scale than the leaderboard's."
     )
     return Figure(f"energy_{method}", drawing, caption, f"Two heat maps of energy distances. {caption}")
 

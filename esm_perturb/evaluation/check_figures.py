@@ -56,10 +56,11 @@ def collapse_figure(evaluation: Evaluation, methods: list[str]) -> Figure:
     for panel, label in zip(axes.flat, ("between cells", "between conditions"), strict=True):
         panel.axvline(1, color=MUTED[0], linestyle="--", linewidth=1)
         log_scale(panel)
-        panel.set(xlabel=f"variance {label},\npredicted over real")
+        panel.set_xlabel(label)
         panel.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(methods)), [method_style(method).label for method in methods[::-1]])
     axes[0, 0].set_ylim(-0.6, len(methods) - 0.4)
+    drawing.supxlabel("variance, predicted over real", fontsize=9)
     caption = f"Spread between cells (median) and between conditions, 1 as in real data: {'; '.join(findings)}."
     return Figure("collapse", drawing, caption, f"Two dot plots of variance ratios by method. {caption}")
 

@@ -351,10 +351,10 @@ def _run_packages(real: CellStore, aligned: Mapping[str, Sequence[Predicted]], s
     scores, differential = cell_eval_metrics(real, accepted, n_threads=n_threads)
     scores["seed"] = scores["method"].map({name: number for name, (_, number, _) in runs.items()})
     scores["method"] = scores["method"].map({name: method for name, (method, _, _) in runs.items()})
-    scaled, told = scaled_scores(real, accepted, seed=seed)
-    if scaled is not None:
-        scaled["method"] = scaled["method"].map({name: method for name, (method, _, _) in runs.items()})
-        scaled = scaled.groupby(["method", "metric"], sort=False).mean().reset_index()
+    by_method: dict[str, list] = {}
+    for name, adata in accepted.items():
+        by_method.setdefault(runs[name][0], []).append(adata)
+    scaled, told = scaled_scores(real, by_method, seed=seed)
     firsts = {name: table for name, table in differential.items() if name == "real" or name in aligned}
     return _Packages([scores], firsts, scaled, [*notes, *told])
 

@@ -60,7 +60,8 @@ figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 34rem; height: auto; }
 figcaption { color: var(--muted); font-size: 0.9rem; line-height: 1.5; margin-top: 0.6rem; max-width: 34rem;
   overflow-wrap: anywhere; }
-.scroll { overflow: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: 8px;
+.scroll:has(.sortable) { max-height: 34rem; }
+.scroll { overflow: auto; border: 1px solid var(--line); border-radius: 8px;
   background: var(--raised); margin: 0.8rem 0 1.4rem; }
 .scroll:focus-visible, button:focus-visible, a:focus-visible, summary:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 2px; }

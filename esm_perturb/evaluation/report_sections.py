@@ -78,12 +78,17 @@ def leaderboard_section(evaluation: Evaluation, compared: pd.DataFrame, model: s
 
 
 def arms_section(arms: pd.DataFrame) -> Markup:
-    """The comparison of the embeddings: one row an arm."""
+    """The comparison of the embeddings, one column an arm; ``arms`` has one row an arm, its name first."""
     intro = (
         "The same network trained with other vectors for each gene. Only what ESM2 gains over random and shuffled "
         "vectors is owed to the proteins; the rest any fixed vector would give."
     )
-    return section("arms", "Which embedding", intro, table_html(arms, "Arms"))
+    names, rows = arms.iloc[:, 0], arms.iloc[:, 1:]
+    turned = {"": list(rows.columns)} | {
+        name: [value if isinstance(value, str) else number(value) for value in row]
+        for name, row in zip(names, rows.itertuples(index=False), strict=True)
+    }
+    return section("arms", "Which embedding", intro, table_html(pd.DataFrame(turned), "Arms"))
 
 # %% ../../nbs/evaluation/39_report_sections.ipynb #perturbations-section
 _DIALOGS = """<div class="dialogs">{{ dialogs }}</div>"""

@@ -14,6 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from .figures import condition_name, method_style
+from .intervals import Interval, bootstrap_means
 from .metrics import KEYS, METRICS, Evaluation
 from .page import dialog_html, figures_html, fill, number, table_html
 from .response_figures import drill_down
@@ -36,12 +37,25 @@ def leaderboard(evaluation: Evaluation, metrics: Collection[str] | None = None) 
     summary = evaluation.summary.set_index(["method", "metric"])
     present = list(dict.fromkeys(evaluation.summary.dropna(subset="mean")["metric"]))
     table = {"Method": [fill(_METHOD, style=method_style(method)) for method in evaluation.methods]}
-    scaled = [scaled_score(evaluation, method) for method in evaluation.methods]
-    if metrics is None and np.isfinite(scaled).any():
+    scaled = pd.DataFrame([scaled_score(evaluation, method) for method in evaluation.methods])
+    if metrics is None and scaled["score"].notna().any():
         table["Scaled score"] = [
-            fill('<span{% if best %} class="best"{% endif %}>{{ number(s) }}</span>', s=s, best=s == np.nanmax(scaled))
-            for s in scaled
+            fill(
+                _CELL,
+                best=s["score"] == scaled["score"].max(),
+                mean=s["score"],
+                low=s["low"],
+                high=s["high"],
+                seeds=None,
+            )
+            for _, s in scaled.iterrows()
         ]
+    repeats = {name: _repeat(evaluation, name) for name in present}
+    has_repeat = any(np.isfinite(found.mean) for found in repeats.values())
+    if has_repeat:
+        table["Method"].append(fill("<em>{{ name }}</em>", name="A repeat of the experiment"))
+        if "Scaled score" in table:
+            table["Scaled score"].append("1")
     wanted = (*HEADLINE_METRICS, "variance_ratio") if metrics is None else metrics
     for name in [metric for metric in wanted if metric in present]:
         found = summary.xs(name, level="metric").reindex(evaluation.methods)
@@ -57,8 +71,20 @@ def leaderboard(evaluation: Evaluation, metrics: Collection[str] | None = None) 
             )
             for method, row in found.iterrows()
         ]
+        if has_repeat:
+            mean, low, high = repeats[name][:3]
+            known = np.isfinite(mean)
+            table[_label(name)].append(fill(_CELL, best=False, mean=mean, low=low, high=high) if known else "")
     caption = "Means over held-out conditions, with 95 % intervals over perturbations; ★ is the best mean."
+    if has_repeat:
+        caption += " A repeat: what split halves of the real cells say that a second experiment would score."
     return table_html(pd.DataFrame(table), "Leaderboard", caption=caption)
+
+
+def _repeat(evaluation: Evaluation, metric: str) -> Interval:
+    """What a repeat of the experiment would score; NaN where that is unknown."""
+    values = evaluation.conditions.get(f"ceiling_{metric}", pd.Series(np.nan, index=evaluation.conditions.index))
+    return bootstrap_means(values.to_numpy(dtype=float)[:, None], evaluation.conditions["perturbation"].to_list())[0]
 
 
 def _label(metric: str) -> str:

@@ -75,6 +75,7 @@ def scaled_figure(evaluation: Evaluation, model: str) -> Figure | None:
     if evaluation.scaled is None or evaluation.scaled.empty:
         return None
     table = evaluation.scaled.pivot(index="method", columns="metric", values="score")
+    bounds = evaluation.scaled[evaluation.scaled["metric"] == "avg_score"].set_index("method")[["low", "high"]]
     methods = [method for method in evaluation.methods if method in table.index][::-1]
     drawing, axes = new_axes(5.2, 1.2 + 0.36 * len(methods))
     panel = axes[0, 0]
@@ -83,6 +84,7 @@ def scaled_figure(evaluation: Evaluation, model: str) -> Figure | None:
         members = table.loc[method].drop("avg_score", errors="ignore").clip(-1, 1.2)
         panel.plot(members, np.full(len(members), row), "|", color=style.light, markersize=9, alpha=0.7)
         score = np.clip(table.loc[method, "avg_score"], -1, 1.2)
+        panel.hlines(row, *bounds.loc[method].clip(-1, 1.2), color=style.light, linewidth=2.4)
         panel.plot(score, row, style.marker, color=style.light, markersize=9, markeredgecolor=PAPER[0])
     for value, text in ((0, "mean of test"), (1, "replicate")):
         panel.axvline(value, color=MUTED[0], linestyle="--", linewidth=1)
@@ -96,7 +98,7 @@ def scaled_figure(evaluation: Evaluation, model: str) -> Figure | None:
         text += f"; the best other method is {method_style(others.idxmax()).label} with {others.max():.2f}"
     caption = (
         f"From the mean of the evaluated perturbations (0; it has seen the test cells) to a replicate (1), {text}. "
-        "Without interval: its members are ratios over all perturbations."
+        "Bars: 95 % over perturbations."
     )
     return Figure("scaled", drawing, caption, f"Dot plot of scaled scores by method. {caption}")
 

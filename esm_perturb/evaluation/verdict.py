@@ -255,12 +255,23 @@ def _places(values: list[float], low: float, high: float, margin: float = 3.0) -
     return [round(margin + (100 - 2 * margin) * (float(np.nan_to_num(v)) - low) / span, 2) for v in values]
 
 # %% ../../nbs/evaluation/36_verdict.ipynb #scaled-score
-def scaled_score(evaluation: Evaluation, method: str) -> float:
-    """vcc2026's average scaled score of one method; NaN where there is none."""
-    if evaluation.scaled is None:
-        return float("nan")
-    found = evaluation.scaled.query("method == @method and metric == 'avg_score'")["score"]
-    return float(found.iloc[0]) if len(found) else float("nan")
+def scaled_score(evaluation: Evaluation, method: str) -> pd.Series:
+    """vcc2026's average scaled score of one method: score, low, high; NaN where there is none."""
+    columns = ["score", "low", "high"]
+    if evaluation.scaled is not None:
+        found = evaluation.scaled.query("method == @method and metric == 'avg_score'")[columns]
+        if len(found):
+            return found.iloc[0].astype(float)
+    return pd.Series(np.nan, index=columns)
+
+
+def _scale_drawing(scaled: pd.Series) -> Markup:
+    """The score as a dot and its interval as a bar, between both ends."""
+    bounds = [end if np.isfinite(end) else scaled["score"] for end in (scaled["low"], scaled["high"])]
+    low, high = min(0.0, scaled["score"], *bounds), max(1.0, scaled["score"], *bounds)
+    zero, one, dot, left, right = _places([0.0, 1.0, scaled["score"], *bounds], low, high, margin=16.0)
+    places = {"zero": zero, "one": one, "dot": dot, "left": left, "width": round(right - left, 2)}
+    return fill(_SCALE, label=f"{scaled['score']:.2f} on a scale from 0 to 1", **places)
 
 
 def _tiles(evaluation: Evaluation, model: str, audits: list[str]) -> list[dict]:
@@ -273,17 +284,16 @@ def _tiles(evaluation: Evaluation, model: str, audits: list[str]) -> list[dict]:
         reached = number(mean_score(evaluation, "mean_response", "pearson_delta")["mean"], 2)
         text += f"The mean response reaches {reached}."
     score = {"label": "Pearson of delta", "value": value, "beside": f"{low} to {high}", "drawing": "", "text": text}
-    scaled, drawing = scaled_score(evaluation, model), Markup("")
+    scaled, drawing, beside = scaled_score(evaluation, model), Markup(""), ""
     text = "None: it needs raw counts of the test cells."
-    if np.isfinite(scaled):
-        low, high = min(0.0, scaled), max(1.0, scaled)
-        zero, one, dot = _places([0.0, 1.0, scaled], low, high, margin=16.0)
-        ends = {"zero": zero, "one": one, "dot": dot, "left": min(zero, dot), "width": round(abs(dot - zero), 2)}
-        drawing = fill(_SCALE, label=f"{scaled:.2f} on a scale from 0 to 1", **ends)
+    if np.isfinite(scaled["score"]):
+        drawing = _scale_drawing(scaled)
         members = evaluation.scaled.query("method == @model and metric != 'avg_score'")["metric"].nunique()
         text = f"Average of vcc2026's {members} members, each scaled between the two anchors."
-    value = number(scaled, 2) if np.isfinite(scaled) else "–"
-    tile = {"label": "Scaled score", "value": value, "beside": "", "drawing": drawing, "text": text}
+        if np.isfinite(scaled["low"]):
+            beside = f"{number(scaled['low'], 2)} to {number(scaled['high'], 2)}"
+    value = number(scaled["score"], 2) if np.isfinite(scaled["score"]) else "–"
+    tile = {"label": "Scaled score", "value": value, "beside": beside, "drawing": drawing, "text": text}
     clean = not any(sentence.startswith("LEAK") for sentence in audits)
     trust = {"label": "Leakage and coverage", "value": "no leak found" if clean else "LEAK", "beside": ""}
     return [score, tile] + ([{**trust, "drawing": "", "text": " ".join(audits)}] if audits else [])

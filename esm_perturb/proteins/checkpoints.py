@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'BOS', 'PAD', 'EOS', 'UNK', 'MASK', 'ESM2_SIZES', 'MINI_ESM2', 'ROTARY', 'ESM2Size', 'to_fair',
-           'from_fair', 'build_network', 'cast_parameters', 'load_network', 'save_folder', 'save_fair_checkpoint']
+           'from_fair', 'build_network', 'cast_parameters', 'check_model_name', 'load_network', 'save_folder',
+           'save_fair_checkpoint']
 
 # %% ../../nbs/proteins/15_checkpoints.ipynb #61636dec
 import argparse
@@ -323,6 +324,25 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
         ) from error
 
 # %% ../../nbs/proteins/15_checkpoints.ipynb #load-network
+def check_model_name(name_or_path: str | Path) -> None:
+    """Refuse what `load_network` cannot look for; nothing is read or fetched.
+
+    Raises
+    ------
+    InputError
+        For an empty or unknown name.
+    """
+    text, path = str(name_or_path), Path(name_or_path)
+    if not text.strip():
+        raise InputError("The model's name is empty: give a published name, a folder or a fair-esm .pt file.")
+    known = text.removeprefix(_HUB_OWNER) in ESM2_SIZES or text == MINI_ESM2 or path.is_dir() or path.suffix == ".pt"
+    if not known and (text.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)):
+        raise InputError(
+            f"'{text}' is neither a model folder nor a known ESM2{nearest(text, [*ESM2_SIZES, MINI_ESM2])}: "
+            f"choose {', '.join(ESM2_SIZES)}, {MINI_ESM2}, a folder or a fair-esm .pt file."
+        )
+
+
 def load_network(
     name_or_path: str | Path, dtype: torch.dtype = torch.float32, *, published_by: str = "transformers"
 ) -> tuple[str, nn.Module]:
@@ -335,9 +355,8 @@ def load_network(
     InputError
         Unknown name, no network, missing tensors, another vocabulary or architecture, an unsafe pickle.
     """
+    check_model_name(name_or_path)
     text, path = str(name_or_path), Path(name_or_path)
-    if not text.strip():
-        raise InputError("The model's name is empty: give a published name, a folder or a fair-esm .pt file.")
     if path.is_dir():
         return path.resolve().name, _load_folder(path, dtype)
     if path.suffix == ".pt":
@@ -354,12 +373,7 @@ def load_network(
                 f"The mini ESM2 '{folder}' does not exist: it is part of the repository; restore it from git."
             )
         return text, _load_folder(folder, dtype)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        return text.split("/")[1], _load_hub(text, dtype)
-    raise InputError(
-        f"'{text}' is neither a model folder nor a known ESM2{nearest(text, [*ESM2_SIZES, MINI_ESM2])}: "
-        f"choose {', '.join(ESM2_SIZES)}, {MINI_ESM2}, a folder or a fair-esm .pt file."
-    )
+    return text.split("/")[1], _load_hub(text, dtype)
 
 # %% ../../nbs/proteins/15_checkpoints.ipynb #save-folder
 def save_folder(network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:

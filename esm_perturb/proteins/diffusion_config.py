@@ -35,7 +35,9 @@ class ProteinDataConfig:
     sequence_key: str = "sequence"  # field of a JSONL line
     min_length: int = 30  # residues; shorter proteins are left out, and counted
     max_length: int = 512  # residues
-    over_length: str = "drop"  # proteins beyond max_length: drop | crop (another window each epoch)
+    over_length: str = (
+        "drop"  # proteins beyond max_length: drop | crop (another window each epoch, as if it were whole)
+    )
     clusters: str = "words"  # words (relatives share 7-residue words) | none | a table representative<TAB>member
     val_fraction: float = 0.05  # of proteins
     test_fraction: float = 0.05
@@ -74,7 +76,7 @@ class SamplingConfig:
     eval_batch_size: int = 10  # proteins on each rank
     eval_max_length: int = 512  # residues; lengths come from the training proteins, up to this one
     eval_steps: int = 100  # of the sampler
-    predictor: str = "euler"  # euler | analytic | ancestral
+    predictor: str = "euler"  # euler | analytic | ancestral | first_hitting (absorbing only)
     save_to_file: bool = True
     calculate_esm_perplexity: bool = True
     esm_model: str = "esm2_t6_8M_UR50D"  # a published name, mini_esm2, a folder or a fair-esm file
@@ -114,7 +116,7 @@ PROTEIN_CHOICES = {path: CHOICES[path] for path in _shared(CHOICES)} | {
     "diffusion.noise": ("loglinear", "cosine", "geometric"),
     "training.monitor": ("val_loss",),
     "training.strategy": ("auto", "ddp"),
-    "sampling.predictor": ("euler", "analytic", "ancestral"),
+    "sampling.predictor": ("euler", "analytic", "ancestral", "first_hitting"),
     "sampling.seed_scheme": ("independent", "linear"),
 }
 _SIZES = ("data.min_length", "data.max_length", "model.hidden_dim", "model.n_layers", "model.n_heads")
@@ -164,6 +166,12 @@ def check_protein_config(config: ProteinConfig) -> ProteinConfig:
     data, diffusion = config.data, config.diffusion
     if diffusion.process == "uniform" and diffusion.parameterization == "subs":
         raise InputError("diffusion.parameterization=subs needs masks to substitute: use score with process=uniform.")
+    if diffusion.process == "uniform" and config.sampling.predictor == "first_hitting":
+        raise InputError("sampling.predictor=first_hitting needs diffusion.process=absorbing: choose analytic.")
+    if config.sampling.calculate_esm_perplexity:
+        from esm_perturb.proteins.checkpoints import check_model_name
+
+        check_model_name(config.sampling.esm_model)
     if data.min_length > data.max_length:
         raise InputError(f"data.min_length ({data.min_length}) is above data.max_length ({data.max_length}).")
     if data.val_fraction + data.test_fraction >= 1:

@@ -8,6 +8,7 @@ __all__ = ['raw_sequences', 'TokenStore', 'tokenise', 'ProteinSplits', 'split_pr
 # %% ../../nbs/proteins/65_diffusion_data.ipynb #f18d670c
 import io
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def tokenise(
         FASTA or JSONL, plain or gzip.
     folder
         Where the store goes (`tokens.bin`, `offsets.npy`, `record.json`), mapped and never held in memory; None keeps
-        it in memory. Besides the tokens, 24 bytes per protein are held.
+        it in memory. While reading, some 130 bytes per protein are held besides the tokens, to find repetitions.
     sequence_key
         Field of a JSONL line.
 
@@ -155,7 +156,7 @@ def tokenise(
         Where a file cannot be read, or no protein is left.
     """
     seen: set[bytes] = set()
-    counts, ends = dict.fromkeys(("read", *_LEFT_OUT), 0), [0]
+    counts, ends = dict.fromkeys(("read", *_LEFT_OUT), 0), array("q", [0])
     target = nullcontext(None) if folder is None else atomic_path(Path(folder) / "tokens.bin")
     with target as path, io.BytesIO() if path is None else path.open("wb") as sink:
         for file in files:

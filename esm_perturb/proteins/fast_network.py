@@ -196,18 +196,19 @@ class PackedESM2:
         self.final_norm = weights.norm("esm.encoder.emb_layer_norm_after")
 
     @torch.inference_mode()
-    def __call__(self, packed: Packed, layer: int = -1) -> Tensor:
-        """Hidden states of a layer, float32 (n_tokens, dim)."""
+    def __call__(self, packed: Packed, layer: int = -1, at: Tensor | None = None) -> Tensor:
+        """Hidden states of a layer, float32 (n_tokens, dim); with `at`, int64 (n,), of these tokens alone (n, dim)."""
         layer, n_tokens = check_layer(layer, self.n_layers), len(packed.ids)
         ids, lengths = packed if self.device.type == "cuda" else _rounded_up(packed)
         stream = self._embed(ids.to(self.device), lengths)
         rotations = _rotations(lengths, self.frequencies, self.n_heads)
         attend = _ATTENTION[self.attention](lengths, self.device)
-        for block in self.blocks[:layer]:
-            self._attend(stream, block, attend, rotations)
+        wanted = slice(None) if at is None else F.pad(at, (0, -len(at) % 32), value=0).to(self.device)
+        for number, block in enumerate(self.blocks[:layer], start=1):
+            stream = self._attend(stream, block, attend, rotations, wanted if number == layer else slice(None))
             for piece in stream.split(_PIECE.get(self.device.type, 4096)):  # bounds the memory of giant proteins
                 self._feed_forward(piece, block)
-        stream = stream[:n_tokens]
+        stream = (stream if layer else stream[wanted])[: n_tokens if at is None else len(at)]
         return self._norm(stream, self.final_norm, torch.float32) if layer == self.n_layers else stream
 
     def _embed(self, ids: Tensor, lengths: list[int]) -> Tensor:
@@ -222,14 +223,17 @@ class PackedESM2:
     def _norm(self, stream: Tensor, norm: _Affine, dtype: torch.dtype) -> Tensor:
         return F.layer_norm(stream, (self.dim,), norm.weight, norm.bias, self.eps).to(dtype)
 
-    def _attend(self, stream: Tensor, block: _Block, attend: Attend, rotations: Tensor) -> None:
-        """Add attention to the stream in place."""
+    def _attend(
+        self, stream: Tensor, block: _Block, attend: Attend, rotations: Tensor, wanted: Tensor | slice
+    ) -> Tensor:
+        """The wanted tokens of the stream, to which attention was added (in place where all are wanted)."""
         qkv = F.linear(self._norm(stream, block.attention_norm, self.dtype), *block.qkv)
         turned = qkv[:, : 2 * self.dim].float()  # the same memory in float32
         torch.view_as_complex(turned.view(len(qkv), 2, -1, 2)).mul_(rotations)
         queries, keys = turned.to(self.dtype).unflatten(1, (2, self.n_heads, -1)).unbind(1)
         values = qkv[:, 2 * self.dim :].unflatten(1, (self.n_heads, -1))
-        stream.add_(F.linear(attend(queries, keys, values).flatten(1), *block.out))
+        attended = attend(queries, keys, values).flatten(1)
+        return stream[wanted].add_(F.linear(attended[wanted], *block.out))
 
     def _feed_forward(self, stream: Tensor, block: _Block) -> None:
         """Add the feed-forward network to the stream in place."""

@@ -100,7 +100,7 @@ def residue_nll(
         )
         ids = packed.ids.index_fill(0, places, MASK) if hide else packed.ids
         try:
-            hidden = network(Packed(ids, packed.lengths))[places.to(network.device)]
+            hidden = network(Packed(ids, packed.lengths), at=places)
             return _nll_at(head(hidden.to(next(head.parameters()).dtype)), packed.ids[places], aa_only=aa_only).cpu()
         except torch.OutOfMemoryError:
             if len(rows) > 1:

@@ -51,11 +51,15 @@ _MARKERS = "osD^vP"
 
 
 def perplexity_figure(samples: pd.DataFrame) -> "Figure":
-    """Mean perplexity of each rank (columns `step`, `rank`, `perplexity`), and the range over all samples."""
+    """Mean perplexity of each rank (columns `step`, `rank`, `perplexity`), and the range; of one step all values."""
     import matplotlib.pyplot as plt
 
     scored = samples.dropna(subset="perplexity")
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    if scored["step"].nunique() == 1:
+        axes.hist(scored["perplexity"], bins=min(30, max(5, len(scored) // 3)), color=_COLORS[0], edgecolor="#fdfdfc")
+        axes.set(xlabel="ESM2 perplexity", ylabel="proteins")
+        return figure
     every = scored.groupby("step")["perplexity"]
     axes.fill_between(every.min().index, every.min(), every.max(), color="#d5dbe1", label="lowest to highest")
     for number, (rank, own) in enumerate(scored.groupby("rank")):
@@ -67,15 +71,23 @@ def perplexity_figure(samples: pd.DataFrame) -> "Figure":
     return figure
 
 
-def perplexity_finding(samples: pd.DataFrame) -> str:
-    """The caption: from where to where the mean went, and how far ranks lie apart at the end."""
+def perplexity_finding(samples: pd.DataFrame, esm_model: str = "") -> str:
+    """The caption: from where to where the mean went, and how far ranks lie apart at the end; by which ESM2."""
+    by = f" by {esm_model}" if esm_model else ""
+    caution = "Low perplexity alone also rewards repeats: see the sequences."
+    if samples.dropna(subset="perplexity")["step"].nunique() == 1:
+        values = samples["perplexity"].dropna()
+        return (
+            f"ESM2 perplexity{by} of {len(values)} proteins: mean {values.mean():.2f}, from {values.min():.2f} to "
+            f"{values.max():.2f}. {caution}"
+        )
     means = samples.dropna(subset="perplexity").groupby(["step", "rank"])["perplexity"].mean()
     by_step = means.groupby("step").mean()
     first, last = by_step.index[0], by_step.index[-1]
     apart = means.loc[last].max() - means.loc[last].min()
     return (
-        f"Mean ESM2 perplexity: {by_step[first]:.2f} at step {first}, {by_step[last]:.2f} at step {last}; "
-        f"there the ranks' means lie {apart:.2f} apart. Low perplexity alone also rewards repeats: see the sequences."
+        f"Mean ESM2 perplexity{by}: {by_step[first]:.2f} at step {first}, {by_step[last]:.2f} at step {last}; "
+        f"there the ranks' means lie {apart:.2f} apart. {caution}"
     )
 
 # %% ../../nbs/proteins/76_sampling_report.ipynb #composition
@@ -175,8 +187,9 @@ def _counts_text(samples: pd.DataFrame) -> str:
     steps, ranks = samples["step"].nunique(), samples["rank"].nunique()
     failed = samples["status"].str.startswith("failed").sum()
     unscored, repeated = drawn["perplexity"].isna().sum(), (drawn["status"] == "duplicate").sum()
+    where = f" at {steps} training steps on {ranks} rank{'s' * (ranks > 1)}" if steps > 1 else ""
     return (
-        f"{len(drawn)} proteins at {steps} training steps on {ranks} ranks; {failed} drawings failed, "
+        f"{len(drawn)} proteins{where}; {failed} drawings failed, "
         f"{unscored} proteins have no perplexity, {repeated} are duplicates that persisted."
     )
 
@@ -186,7 +199,11 @@ def sampling_report(
     path: str | Path,
     *,
     natural: Sequence[str],
+    natural_name: str = "",
     model: PosteriorModel | None = None,
+    steps: int = 100,
+    predictor: str = "analytic",
+    esm_model: str = "",
     title: str = "Sampled proteins",
     n_shown: int = 5,
     seed: int = 0,
@@ -201,8 +218,14 @@ def sampling_report(
         The HTML file; written whole or not at all.
     natural
         Natural proteins, for example the training ones; up to some ten thousand.
+    natural_name
+        What they are, for the caption.
     model
         For the noise schedule and one trajectory; None leaves them out.
+    steps, predictor
+        Of that trajectory, as in `sampling.sample`.
+    esm_model
+        Name of the ESM2 that scored the samples.
     n_shown
         Best and worst sequences of the last step that are shown.
 
@@ -221,11 +244,13 @@ def sampling_report(
     sizes = [np.median([len(sequence) for sequence in several]) for several in (sequences, natural)]
     body = [f"<h1>{html.escape(title)}</h1><p>{_counts_text(samples)}</p>"]
     if drawn["perplexity"].notna().any():
-        body.append("<h2>Perplexity over training</h2>")
-        body.append(_figure_html(perplexity_figure(drawn), perplexity_finding(drawn)))
+        over = " over training" if drawn.dropna(subset="perplexity")["step"].nunique() > 1 else ""
+        body.append(f"<h2>Perplexity{over}</h2>")
+        body.append(_figure_html(perplexity_figure(drawn), perplexity_finding(drawn, esm_model)))
     body.append("<h2>Beside natural proteins</h2>")
     caption = (
-        f"Samples of the last step: median length {sizes[0]:.0f}, natural proteins {sizes[1]:.0f}; residue frequencies "
+        f"{'Samples of the last step' if samples['step'].nunique() > 1 else 'Samples'}: median length {sizes[0]:.0f}, "
+        f"natural proteins ({natural_name or f'{len(natural):,}'}) {sizes[1]:.0f}; residue frequencies "
         f"diverge by {divergence:.3f} nats. Median identity with the nearest natural protein: "
         f"{100 * last['identity'].median():.0f}%, highest {100 * last['identity'].max():.0f}%."
     )
@@ -236,8 +261,10 @@ def sampling_report(
         body.append(f"<h2>{name}</h2>{_legend()}{_sequence_table(rows)}")
     if model is not None:
         body.append("<h2>From noise to a protein</h2>")
-        caption = "Left: the noise schedule. Right: one drawing, from noise (top) to a protein (bottom)."
-        body.append(_figure_html(trajectory_figure(model, seed=seed), caption))
+        how = predictor if predictor == "first_hitting" else f"{predictor}, {steps} steps"
+        caption = f"Left: the noise schedule. Right: one drawing ({how}), from noise (top) to a protein (bottom)."
+        figure = trajectory_figure(model, seed=seed, steps=steps, predictor=predictor)
+        body.append(_figure_html(figure, caption))
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )

@@ -409,15 +409,19 @@ def arms_table(
         rows.append(
             {
                 "Arm": arm,
-                "Dimensions": features.shape[1] or "no genes",
-                "Similarity of two genes": float(between.mean()) if len(between) else float("nan"),
-                "Alike genes act alike": alike(features, responses) if len(between) else float("nan"),
-                "In training (fit)": float(np.mean([_training_fit(folder, prepared, seed=seed) for folder in folders])),
-                "Seen elsewhere": _with_interval(scores[seen], names[seen]),
-                "Unseen": _with_interval(scores[~seen], names[~seen]),
-                "Steps/s": float(np.median(speeds)),
+                "Dimensionality": features.shape[1] or "no genes",
+                "Gene similarity (mean absolute cosine)": float(between.mean()) if len(between) else float("nan"),
+                "Semantic info (do alike genes act alike)": alike(features, responses)
+                if len(between)
+                else float("nan"),
+                "Seen in training (fit)": float(
+                    np.mean([_training_fit(folder, prepared, seed=seed) for folder in folders])
+                ),
+                "Seen in another cell type": _with_interval(scores[seen], names[seen]),
+                "Unseen (zero-shot)": _with_interval(scores[~seen], names[~seen]),
+                "Training speed, steps/s": float(np.median(speeds)),
                 "Seeds": len(folders),
-                "Best arm for": ", ".join(best[arm]) or "nothing that could be shown",
+                "Best for": ", ".join(best[arm]) or "nothing that could be shown",
             }
         )
     return pd.DataFrame(rows)
