@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from esm_perturb.core.config import InputError
 from esm_perturb.proteins import perplexity as perplexity_module
+from esm_perturb.proteins import sequence_quality
 from esm_perturb.proteins.esm2 import ALPHABET, ESM2, MASK, to_fair_esm_state, tokenize
 from esm_perturb.proteins.perplexity import (
     ESMEvaluator,
@@ -31,7 +32,6 @@ from esm_perturb.proteins.perplexity import (
 from esm_perturb.proteins.scoring import score_fasta
 from esm_perturb.proteins.scoring_report import scoring_report
 from esm_perturb.proteins.sequence_quality import (
-    edit_distance,
     frechet_distance,
     longest_repeat,
     nearest_reference,
@@ -380,18 +380,7 @@ def test_longest_repeat_equals_all_pairs():
         assert longest_repeat(text) == expected
 
 
-def test_edit_distance_is_a_metric_and_counts_edits():
-    rng = np.random.default_rng(2)
-    texts = ["".join(rng.choice(list("ACD"), size=rng.integers(0, 100))) for _ in range(12)]
-    for a in texts:
-        assert edit_distance(a, a) == 0
-        for b in texts:
-            assert edit_distance(a, b) == edit_distance(b, a) >= abs(len(a) - len(b))
-            assert all(edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c) for c in texts[:4])
-    assert edit_distance(texts[0], texts[0][:10] + "W" + texts[0][10:]) == 1
-
-
-def test_the_nearest_reference_is_found_among_thousands():
+def test_the_nearest_reference_is_found_among_thousands(monkeypatch):
     rng = np.random.default_rng(3)
     reference = ["".join(rng.choice(list(AMINO_ACIDS), size=80)) for _ in range(2000)]
     chosen = rng.choice(2000, size=10, replace=False)
@@ -401,8 +390,24 @@ def test_the_nearest_reference_is_found_among_thousands():
         for place in rng.choice(80, size=24, replace=False):
             letters[place] = "W"
         changed.append("".join(letters))
-    nearest, distance = nearest_reference(changed, reference)
-    assert nearest.tolist() == chosen.tolist() and (distance <= 0.3).all()
+    for most in (10**6, 1):  # all pairs; candidates alone
+        monkeypatch.setattr(sequence_quality, "_MOST_PAIRS", most)
+        nearest, distance = nearest_reference(changed, reference)
+        assert nearest.tolist() == chosen.tolist() and (distance <= 0.3).all()
+
+
+def test_sets_are_measured_as_seqme_measures_them(model):
+    seqme = pytest.importorskip("seqme", reason="seqme is not installed")
+    rng = np.random.default_rng(6)
+    some, other = (["".join(rng.choice(list(AMINO_ACIDS), size=n)) for n in rng.integers(20, 60, 14)] for _ in "ab")
+    some[:3] = other[0], some[5], some[5]
+    found = quality_summary(some, reference=other, model=model)
+    vectors = {s: v for s, v in zip((*some, *other), sequence_quality._vectors(model, [*some, *other]), strict=True)}
+    fbd = seqme.metrics.FBD(other, lambda sequences: np.stack([vectors[s] for s in sequences]))
+    assert found["frechet_distance"] == pytest.approx(fbd(some).value, rel=1e-3, abs=1e-6)
+    assert found["diversity"] == pytest.approx(seqme.metrics.Diversity()(some).value)
+    assert found["unique_share"] == pytest.approx(seqme.metrics.Uniqueness()(some).value)
+    assert 1 - found["copied_share"] == pytest.approx(seqme.metrics.Novelty(other)(some).value)
 
 
 def test_frechet_distance_of_known_gaussians():

@@ -24,7 +24,7 @@ from esm_perturb.cells.make_splits import (
     read_labels,
 )
 from esm_perturb.cells.reading import dataset_files
-from esm_perturb.cells.similar_proteins import edit_distance, similar_proteins
+from esm_perturb.cells.similar_proteins import similar_proteins
 from esm_perturb.cells.split_file import SplitSpec, canonical_perturbation, read_split_toml
 from esm_perturb.cells.split_writer import GeneratedSplit, condition_table, split_toml, toml_key, toml_string
 from esm_perturb.cells.splits import assign_splits
@@ -547,15 +547,14 @@ def test_cell_load_reads_the_same_split(tmp_path, kind):
 # ---- similar proteins
 
 
-@given(st.text("ACD", max_size=40), st.text("ACD", max_size=40))
-@quick
-def test_edit_distance_is_the_textbook_one(first, second):
+def edits(first, second):
+    """Levenshtein's distance by the textbook's table."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         above, row = row, [i]
         for j, b in enumerate(second, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
-    assert edit_distance(first, second) == row[-1] == edit_distance(second, first)
+    return row[-1]
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.8, 0.9, 0.95, 1.0]), st.integers(5, 120))
@@ -572,7 +571,7 @@ def test_no_similar_pair_is_missed(seed, identity, size):
     got = similar_proteins(proteins, proteins, identity=identity)
     for a, one in proteins.items():
         for b, other in proteins.items():
-            same = 1 - edit_distance(one, other) / max(len(one), len(other))
+            same = 1 - edits(one, other) / max(len(one), len(other))
             listed = ((got["first"] == a) & (got["second"] == b)).any()
             assert listed == (a != b and same >= identity - 1e-9)
 

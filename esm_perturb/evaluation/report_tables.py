@@ -74,7 +74,9 @@ def leaderboard(evaluation: Evaluation, metrics: Collection[str] | None = None) 
         if has_repeat:
             mean, low, high = repeats[name][:3]
             known = np.isfinite(mean)
-            table[_label(name)].append(fill(_CELL, best=False, mean=mean, low=low, high=high) if known else "")
+            table[_label(name)].append(
+                fill(_CELL, best=False, mean=mean, low=low, high=high, seeds=None) if known else ""
+            )
     caption = "Means over held-out conditions, with 95 % intervals over perturbations; ★ is the best mean."
     if has_repeat:
         caption += " A repeat: what split halves of the real cells say that a second experiment would score."

@@ -272,6 +272,8 @@ def scaled_scores(
     refused = [method for method, seeds in runs.items() if any(one.X.min() < 0 for one in seeds)]
     notes += [f"The scaled score was left out for {method}: it predicts values below 0." for method in refused]
     accepted = {(m, number): one for m, seeds in runs.items() if m not in refused for number, one in enumerate(seeds)}
+    if not contexts or not accepted:
+        return None, notes
     names = sorted({condition.perturbation for conditions in contexts for condition in conditions})
     draws = _draws(names, seed)
     scored = []
@@ -280,9 +282,7 @@ def scaled_scores(
             found, told = _context_scores(real, conditions, accepted, draws, seed, bar)
             scored += [found] if found is not None else []
             notes += told
-    if not scored or not accepted:
-        return None, notes
-    return _average(scored, len(names)), notes
+    return (_average(scored, len(names)) if scored else None), notes
 
 
 class _Scored(NamedTuple):
