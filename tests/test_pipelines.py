@@ -381,17 +381,17 @@ def test_the_verdict_names_every_baseline_with_an_interval(tiny, evaluated):
 def test_arms_are_trained_where_they_are_missing_and_used_where_they_are_there(trained, shell, tmp_path):
     """`train` is the esm arm; a second call trains nothing and predicts nothing anew."""
     before = snapshot(trained)
-    words = ["evaluate", "--run_dir", trained, "--arms", "esm,onehot,random", "--n_seeds", "2", "--quick"]
+    words = ["evaluate", "--run_dir", trained, "--arms", "esm,onehot", "--n_seeds", "2", "--quick"]
     done = shell("esm-perturb", *words, "--output_dir", "new", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     runs = {path.name for path in (tmp_path / "new").glob("train_*")}
-    assert runs == {"train_esm_seed4", "train_onehot", "train_onehot_seed4", "train_random", "train_random_seed4"}
+    assert runs == {"train_esm_seed4", "train_onehot", "train_onehot_seed4"}
     assert snapshot(trained) == before
     record = json.loads((tmp_path / "new" / "metrics.json").read_text())
     arms = pd.DataFrame(record["arms"])
-    assert arms["Arm"].tolist() == ["esm", "onehot", "random"] and (arms["Seeds"] == 2).all()
+    assert arms["Arm"].tolist() == ["esm", "onehot"] and (arms["Seeds"] == 2).all()
     methods = {row["baseline"] for row in record["verdict"]}
-    assert methods >= {"onehot", "random", "esm_shuffled_at_inference", "mean_response", "ridge", "knn", "oracle_mean"}
+    assert methods >= {"onehot", "esm_shuffled_at_inference", "mean_response", "ridge", "knn", "oracle_mean"}
     splits = {
         read_yaml(folder / "config.yaml")["data"]["kwargs"]["split_seed"]
         for folder in (tmp_path / "new").glob("*_seed4")

@@ -64,7 +64,7 @@ def spearman_brown(score: float) -> float:
 
 
 def split_half_scores(
-    perturbed: Profile, controls: Profile, mean_response: np.ndarray, weights: np.ndarray
+    perturbed: Profile, controls: Profile, mean_response: np.ndarray, weights: np.ndarray, top: np.ndarray
 ) -> dict[str, float]:
     """What a second experiment of the same size would score for one condition, from mean profiles.
 
@@ -76,21 +76,29 @@ def split_half_scores(
         Mean training response of the context.
     weights : ndarray, float64 (n_genes,)
         From `effect_weights`.
+    top : ndarray, int64 (at most 20,)
+        From `top_genes`.
 
     Returns
     -------
     dict
-        pearson_delta, systema_pearson_delta, mse, mae, wmse, r2_delta; NaN with fewer than two cells or controls.
+        pearson_delta, systema_pearson_delta, systema_pearson_delta_20, mse, mae, wmse, r2_delta; NaN with fewer than
+        two cells or controls.
     """
     cells = list(perturbed.halves)
     responses = list(perturbed.halves - controls.halves)
     error = float(np.mean([wmse(a, b, weights) for a, b in cells])) / 2
     distance = wmse(controls.mean + mean_response, perturbed.mean, weights)
+
+    def specific(genes: np.ndarray | slice) -> float:
+        """Systema's correlation of halves on some genes, corrected to full size."""
+        beyond = [(a - mean_response, b - mean_response) for a, b in responses]
+        return spearman_brown(float(np.mean([correlation(a[genes], b[genes]) for a, b in beyond])))
+
     return {
         "pearson_delta": spearman_brown(float(np.mean([correlation(a, b) for a, b in responses]))),
-        "systema_pearson_delta": spearman_brown(
-            float(np.mean([correlation(a - mean_response, b - mean_response) for a, b in responses]))
-        ),
+        "systema_pearson_delta": specific(slice(None)),
+        "systema_pearson_delta_20": specific(top),
         "mse": float(np.mean([mse(a, b) for a, b in cells]) / 2),
         "mae": float(np.mean([mae(a, b) for a, b in cells]) / np.sqrt(2)),
         "wmse": error,

@@ -47,6 +47,11 @@ METRICS = {
         "higher",
         "the same, measured from the mean training response (no change can score there by standing apart from it)",
     ),
+    "systema_pearson_delta_20": Metric(
+        "Systema Pearson, 20 genes",
+        "higher",
+        "the same on the 20 genes that differ most clearly from controls, which are chosen with the truth",
+    ),
     "r2_delta": Metric(
         "Weighted R² of delta",
         "higher",

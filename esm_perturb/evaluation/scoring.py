@@ -27,6 +27,7 @@ from esm_perturb.evaluation.profiles import (
     pearson_delta,
     r2_delta,
     systema_pearson_delta,
+    top_genes,
     wmse,
 )
 
@@ -42,6 +43,8 @@ class RealCondition:
         Mean of the cells, of the controls of the context, and the mean training response.
     weights : ndarray, float64 (n_genes,)
         From `effect_weights`; NaN where no gene stands out.
+    top : ndarray, int64 (at most 20,)
+        From `top_genes`.
     within, variance : float
         `mean_distance` and `total_variance` of the cells.
     seed : int
@@ -53,6 +56,7 @@ class RealCondition:
     control: np.ndarray
     mean_response: np.ndarray
     weights: np.ndarray
+    top: np.ndarray
     within: float
     variance: float
     seed: int
@@ -66,8 +70,11 @@ class RealCondition:
         weights = effect_weights(
             perturbed.mean, reference, perturbed.variance, perturbed.n_cells, noise=controls.squared_error
         )
+        top = top_genes(
+            perturbed.mean, controls.mean, perturbed.variance, perturbed.n_cells, noise=controls.squared_error
+        )
         within, variance = mean_distance(subsample(cells, seed=seed)), float(perturbed.variance.sum())
-        return cls(cells, perturbed.mean, controls.mean, mean_response, weights, within, variance, seed)
+        return cls(cells, perturbed.mean, controls.mean, mean_response, weights, top, within, variance, seed)
 
     def score(self, predicted: np.ndarray) -> dict[str, float]:
         """Scores of predicted cells (n_cells, n_genes)."""
@@ -84,6 +91,9 @@ class RealCondition:
         return {
             "pearson_delta": pearson_delta(mean, self.mean, self.control),
             "systema_pearson_delta": systema_pearson_delta(mean, self.mean, self.control, self.mean_response),
+            "systema_pearson_delta_20": systema_pearson_delta(
+                mean[self.top], self.mean[self.top], self.control[self.top], self.mean_response[self.top]
+            ),
             "mse": mse(mean, self.mean),
             "mae": mae(mean, self.mean),
             "wmse": wmse(mean, self.mean, self.weights),
@@ -97,7 +107,7 @@ def condition_facts(group: RealCondition, perturbed: Profile, controls: Profile)
     ``effect_size`` is the root mean square over genes of the response, noise included; `reproducible_effect` is free of
     it. ``replicate`` is the ceiling of Pearson of delta.
     """
-    ceilings = split_half_scores(perturbed, controls, group.mean_response, group.weights)
+    ceilings = split_half_scores(perturbed, controls, group.mean_response, group.weights, group.top)
     ceilings["energy_distance"] = half_energy_distance(group.cells, seed=group.seed)
     return {
         "n_cells": perturbed.n_cells,
