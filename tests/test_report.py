@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from esm_perturb.evaluation.report_sections import perturbations_section
 from esm_perturb.evaluation.report_tables import leaderboard, perturbation_table
 from esm_perturb.evaluation.verdict import comparisons, headline, verdict_html
 
+KEPT = Path(__file__).parents[1] / "reports" / "kept" / "norman19_mcfaline23"
 HOSTILE = ['<script>alert("x")</script>', "$x^2$", "A&B", "genes/…", "'; DROP", "{{ 7*7 }}", "x" * 60]
 NAMES = [*HOSTILE, *(f"P{i}" for i in range(11))]
 
@@ -135,6 +137,16 @@ def test_numbers_of_the_record_are_those_of_the_evaluation(page, evaluation):
     assert record["verdict"][0]["mean_difference"] == row["mean"] and record["verdict"][0]["outcome"] == row["outcome"]
     assert {row["metric"] for row in record["comparisons"]} >= {"pearson_delta", "mse", "energy_distance"}
     assert list(record["arms"]) == ["Arm", "Best for"] and record["costs"]["method"] == ["esm"]
+
+
+def test_the_kept_report_of_real_cells_is_whole():
+    """The present answer for norman19_mcfaline23: four arms, three seeds each, and nothing of the machine it ran on."""
+    text = (KEPT / "report.html").read_text()
+    record = json.loads((KEPT / "metrics.json").read_text())
+    assert json.loads(re.search(r'id="metrics">(.*?)</script>', text, re.S)[1]) == record
+    arms = pd.DataFrame(record["arms"])
+    assert arms["Arm"].tolist() == ["esm", "onehot", "random", "shuffled"] and (arms["Seeds"] == 3).all()
+    assert len(text) < 10_000_000 and not re.search(r'"(?:[A-Z]:)?[\\/](?!/)[\w.-]+[\\/]', json.dumps(record))
 
 
 def test_same_inputs_give_the_same_report(page, evaluation, tmp_path):
