@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'atomic_path', 'write_text', 'write_yaml', 'read_yaml', 'to_json', 'write_json', 'new_folder',
-           'restored_file', 'project_root', 'sha256_file', 'sha256_text', 'git_state', 'provenance']
+           'restored_file', 'project_root', 'sha256_file', 'sha256_text', 'git_state', 'provenance', 'without_places']
 
 # %% ../../nbs/core/20_files.ipynb #37e94b16
 import hashlib
@@ -254,3 +254,15 @@ def provenance(*, seed: int | None = None, inputs: Mapping[str, str | Path] | No
         "seed": seed,
         "inputs": files,
     }
+
+# %% ../../nbs/core/20_files.ipynb #without-places
+def without_places(value: object, folder: str | Path) -> object:
+    """Plain data in which absolute paths are relative to `folder` where they lie in it, and else file names."""
+    if isinstance(value, Mapping):
+        return {key: without_places(part, folder) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(part, folder) for part in value]
+    if not isinstance(value, Path) and not (isinstance(value, str) and Path(value).is_absolute()):
+        return value
+    path, folder = Path(value), Path(folder).expanduser().resolve()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name

@@ -259,7 +259,8 @@ def energy_figure(evaluation: Evaluation, projection: Projection, method: str) -
     shown = _drawn_order(evaluation)
     drawing, axes = new_axes(5.6, 3.3, 1, 2)
     drawn = [matrix[np.ix_(shown, shown)] for matrix in matrices]
-    low, high = 0.0, max(float(np.nanquantile(np.stack(drawn), 0.98)), 1e-3)
+    found = np.stack(drawn)
+    low, high = 0.0, max(float(np.quantile(found[np.isfinite(found)], 0.98)), 1e-3) if np.isfinite(found).any() else 1.0
     for panel, matrix, title in zip(
         axes.flat, drawn, ("real to real", f"{method_style(method).label} to real"), strict=True
     ):
@@ -268,6 +269,9 @@ def energy_figure(evaluation: Evaluation, projection: Projection, method: str) -
     label = "energy distance on principal components"
     drawing.colorbar(image, ax=axes[0, :], location="bottom", label=label, shrink=0.6)
     matrix = matrices[1]
+    if not np.isfinite(np.diag(matrix)).any():
+        caption = "No condition has the two predicted and two real cells that an energy distance needs."
+        return Figure(f"energy_{method}", drawing, caption, f"Two empty heat maps. {caption}")
     nearest = int((np.nan_to_num(matrix, nan=np.inf).argmin(axis=1) == np.arange(len(matrix))).sum())
     off = matrix[~np.eye(len(matrix), dtype=bool)]
     elsewhere = f", to other real perturbations {np.nanmean(off):.3g}" if len(off) else ""

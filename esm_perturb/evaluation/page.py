@@ -97,6 +97,7 @@ dialog::backdrop { background: rgb(10 14 20 / 0.55); }
 _TABLES = """
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.9rem; line-height: 1.4; }
 caption { text-align: left; color: var(--muted); padding: 0.7rem 0.9rem; font-size: 0.9rem; }
+caption span { display: block; max-width: min(60rem, 100vw - 5rem); }
 th, td { padding: 0.5rem 0.9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
@@ -191,14 +192,16 @@ addEventListener("afterprint", () => unfolded.forEach(part => { part.open = fals
 
 # %% ../../nbs/evaluation/35_page.ipynb #number
 def number(value: float | int | None, digits: int = 3) -> str:
-    """A number for reading: ``digits`` significant digits, thousands separated, a dash for missing ones."""
+    """A number for reading: ``digits`` significant digits, thousands separated; 0 below 1e-6, a dash if missing."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if float(value).is_integer() and abs(value) >= 1:
         return f"{value:,.0f}".replace("-", "−")
-    if value and abs(value) < 1e-4:
+    if abs(value) < 1e-6:
+        return "0"
+    if abs(value) < 1e-4:
         return f"{value:.1e}".replace("-", "−")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 3 if abs(value) >= 1e-3 else 5)}f}".replace("-", "−")
 
 
@@ -248,7 +251,8 @@ _PIECES = {
     "figure": """<figure><img src="{{ uri }}" alt="{{ alt }}"{% if lazy %} loading="lazy"{% endif %}>
 <figcaption>{{ caption }}</figcaption></figure>""",
     "table": """<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">
-<table{% if sortable %} class="sortable"{% endif %}>{% if caption %}<caption>{{ caption }}</caption>{% endif %}
+<table{% if sortable %} class="sortable"{% endif %}>
+{%- if caption %}<caption><span>{{ caption }}</span></caption>{% endif %}
 <thead><tr>{% for name, kind in columns %}<th scope="col"{% if kind == "number" %} class="number"{% endif %}>
 {%- if sortable %}<button type="button">{{ name }}</button>{% else %}{{ name }}{% endif %}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value, text in row %}

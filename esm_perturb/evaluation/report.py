@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from ..cells.leakage import Leakage
 from ..core.config import InputError
-from ..core.files import atomic_path, to_json, write_json
+from ..core.files import atomic_path, to_json, without_places, write_json
 from .audits import audit_summary, data_section, provenance_section
 from .metrics import Evaluation
 from .page import render_page, section
@@ -113,7 +113,8 @@ def build_report(
     evaluation : Evaluation
         From `evaluate`.
     provenance : mapping
-        From `core.files.provenance`, plus ``config`` and whatever else the run wants on record.
+        From `core.files.provenance`, plus ``config`` and whatever else the run wants on record. The page says the
+        names of files, not where they lay.
     training : mapping of method name to DataFrame
         Learning curves: columns step, train_loss, val_loss, val_pearson_delta (gaps allowed); may be empty.
     coverage, leakage, split_table : DataFrame, Leakage or DataFrame, DataFrame
@@ -137,7 +138,8 @@ def build_report(
     InputError
         If ``model`` was not evaluated, or the page cannot be kept below 10 MB.
     """
-    compared = comparisons(evaluation, model)
+    path, compared = Path(path), comparisons(evaluation, model)
+    provenance = without_places(provenance, path.parent)
     record = metrics_record(
         evaluation, compared, title=title, model=model, provenance=provenance, arms=arms, costs=costs
     )
@@ -172,7 +174,6 @@ def build_report(
         raise InputError(
             f"the report would have {len(page.encode()) / 1e6:.1f} MB, more than 10: evaluate fewer methods"
         )
-    path = Path(path)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(path.with_name("metrics.json"), record)

@@ -54,6 +54,7 @@ def scores_drawn(evaluation: Evaluation, metrics: tuple[str, ...], model: str) -
     ]
 
 # %% ../../nbs/evaluation/39_report_sections.ipynb #leaderboard-section
+_COMPARED = ("pearson_delta", "systema_pearson_delta", "centroid_accuracy", "r2_delta", "energy_distance")
 _GLOSSARY = """<dl>{% for label, text in rows %}<dt>{{ label }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>"""
 
 
@@ -72,7 +73,8 @@ def leaderboard_section(evaluation: Evaluation, compared: pd.DataFrame, model: s
         folded("Every metric", every, printed=False),
         Markup("<h3>Paired differences</h3>"),
         f"How much better {phrase(model)} is than each other method on the same perturbations.",
-        difference_table(compared),
+        difference_table(compared[compared["metric"].isin(_COMPARED)]),
+        folded("Every paired difference", difference_table(compared), printed=False),
         figures_html([scaled_figure(evaluation, model), *drawn]),
     )
 

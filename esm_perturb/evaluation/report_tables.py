@@ -23,6 +23,7 @@ from .verdict import HEADLINE_METRICS, SIGNS, by_question, phrase, scaled_score
 # %% ../../nbs/evaluation/38_report_tables.ipynb #leaderboard
 _CELL = """<span{% if best %} class="best"{% endif %}>{{ number(mean) }}</span>
 <small>{{ number(low) }} to {{ number(high) }}{% if seeds %}<br>± {{ number(seeds) }} over seeds{% endif %}</small>"""
+_SHOWN = ("pearson_delta", "systema_pearson_delta", "r2_delta", "energy_distance", "variance_ratio")
 _METHOD = """<span class="chip" style="--light:{{ style.light }};--dark:{{ style.dark }}"></span>{{ style.label }}"""
 
 
@@ -32,7 +33,7 @@ def leaderboard(evaluation: Evaluation, metrics: Collection[str] | None = None) 
     Parameters
     ----------
     metrics : collection of str, optional
-        Columns; without it the headline metrics, the variance ratio and the scaled score.
+        Columns; without it the scaled score and the five that say most.
     """
     summary = evaluation.summary.set_index(["method", "metric"])
     present = list(dict.fromkeys(evaluation.summary.dropna(subset="mean")["metric"]))
@@ -56,7 +57,7 @@ def leaderboard(evaluation: Evaluation, metrics: Collection[str] | None = None) 
         table["Method"].append(fill("<em>{{ name }}</em>", name="A repeat of the experiment"))
         if "Scaled score" in table:
             table["Scaled score"].append("1")
-    wanted = (*HEADLINE_METRICS, "variance_ratio") if metrics is None else metrics
+    wanted = _SHOWN if metrics is None else metrics
     for name in [metric for metric in wanted if metric in present]:
         found = summary.xs(name, level="metric").reindex(evaluation.methods)
         best = _best(name, found["mean"])
