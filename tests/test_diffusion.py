@@ -350,7 +350,7 @@ def test_two_processes_agree_and_see_different_proteins(fasta, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "training.json").read_text())
     assert summary["steps"] == 20 and math.isfinite(summary["best"]["val_loss"])
-    with pytest.raises(InputError, match="n_processes x training.n_nodes is 2, but 1 were started"):
+    with pytest.raises(InputError, match="n_processes x training.n_nodes is 2, but this process was started alone"):
         train_diffusion(config)
 
 

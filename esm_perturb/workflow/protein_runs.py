@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from ..core.config import InputError, MissingFileError, to_dict
-from ..core.files import atomic_path, restored_file, write_yaml
-from ..core.launch import KilledError, launch
+from ..core.config import InputError, MissingFileError
+from ..core.files import atomic_path, write_yaml
 from ..proteins.diffusion_config import PROTEIN_PARAMETERS, ProteinConfig, read_protein_config
+from .runs import launch_run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,15 +85,7 @@ def train_proteins(config: ProteinConfig, *, sink: TextIO | None = None) -> Path
     """
     from esm_perturb.proteins.diffusion import MEMORY_REMEDIES
 
-    folder = Path(config.output_dir)
-    with restored_file(folder / "config.yaml") as resolved:
-        write_yaml(resolved, to_dict(config))
-        places = {"n_processes": config.training.n_processes, "n_nodes": config.training.n_nodes}
-        try:
-            launch("esm_perturb.proteins.diffusion", "--config", str(resolved), **places, sink=sink)
-        except KilledError as error:
-            raise KilledError(f"{error} To need less: {MEMORY_REMEDIES}.") from error
-    return folder
+    return launch_run("esm_perturb.proteins.diffusion", config, remedies=f"{MEMORY_REMEDIES}.", sink=sink)
 
 
 def load_diffusion(place: str | Path) -> "DiffusionModel":
