@@ -12,7 +12,7 @@ import numpy as np
 
 from ..cells.store import CellStore
 from .distances import energy_distance
-from .profiles import correlation, mae, mse, wmse
+from .profiles import correlation, mae, mse
 
 # %% ../../nbs/evaluation/22_ceilings.ipynb #profile
 class Profile(NamedTuple):
@@ -63,9 +63,7 @@ def spearman_brown(score: float) -> float:
     return 2 * score / (1 + score) if score > 0 else (0.0 if np.isfinite(score) else float("nan"))
 
 
-def split_half_scores(
-    perturbed: Profile, controls: Profile, mean_response: np.ndarray, weights: np.ndarray, top: np.ndarray
-) -> dict[str, float]:
+def split_half_scores(perturbed: Profile, controls: Profile, mean_response: np.ndarray) -> dict[str, float]:
     """What a second experiment of the same size would score for one condition, from mean profiles.
 
     Parameters
@@ -73,36 +71,20 @@ def split_half_scores(
     perturbed, controls : Profile
         Real cells of the condition, real controls of its context; each half has its own controls.
     mean_response : ndarray, float64 (n_genes,)
-        Mean training response of the context.
-    weights : ndarray, float64 (n_genes,)
-        From `effect_weights`.
-    top : ndarray, int64 (at most 20,)
-        From `top_genes`.
+        Mean training response of the context; with the mean of the controls it is Systema's reference.
 
     Returns
     -------
     dict
-        pearson_delta, systema_pearson_delta, systema_pearson_delta_20, mse, mae, wmse, r2_delta; NaN with fewer than
-        two cells or controls.
+        pearson_delta, systema_pearson_delta, mse, mae; NaN with fewer than two cells or controls.
     """
-    cells = list(perturbed.halves)
-    responses = list(perturbed.halves - controls.halves)
-    error = float(np.mean([wmse(a, b, weights) for a, b in cells])) / 2
-    distance = wmse(controls.mean + mean_response, perturbed.mean, weights)
-
-    def specific(genes: np.ndarray | slice) -> float:
-        """Systema's correlation of halves on some genes, corrected to full size."""
-        beyond = [(a - mean_response, b - mean_response) for a, b in responses]
-        return spearman_brown(float(np.mean([correlation(a[genes], b[genes]) for a, b in beyond])))
-
+    cells, reference = list(perturbed.halves), controls.mean + mean_response
+    responses, specific = perturbed.halves - controls.halves, perturbed.halves - reference
     return {
         "pearson_delta": spearman_brown(float(np.mean([correlation(a, b) for a, b in responses]))),
-        "systema_pearson_delta": specific(slice(None)),
-        "systema_pearson_delta_20": specific(top),
+        "systema_pearson_delta": spearman_brown(float(np.mean([correlation(a, b) for a, b in specific]))),
         "mse": float(np.mean([mse(a, b) for a, b in cells]) / 2),
         "mae": float(np.mean([mae(a, b) for a, b in cells]) / np.sqrt(2)),
-        "wmse": error,
-        "r2_delta": 1 - error / distance if distance > 0 else float("nan"),
     }
 
 

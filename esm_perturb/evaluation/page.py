@@ -96,15 +96,14 @@ dialog::backdrop { background: rgb(10 14 20 / 0.55); }
 # %% ../../nbs/evaluation/35_page.ipynb #c7b98bb8
 _TABLES = """
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.9rem; line-height: 1.4; }
-caption { text-align: left; color: var(--muted); padding: 0.7rem 0.9rem; font-size: 0.9rem; }
-caption span { display: block; max-width: min(60rem, 100vw - 5rem); }
+.caption { color: var(--muted); font-size: 0.9rem; margin: 0.8rem 0 -0.4rem; }
 th, td { padding: 0.5rem 0.9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; background: var(--raised); border-top: 0; font-weight: 600; z-index: 1;
   }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--raised); white-space: normal;
-  min-width: 7.5rem; max-width: 18rem; overflow-wrap: anywhere; }
+  min-width: 7.5rem; max-width: 18rem; overflow-wrap: break-word; }
 td.number, th.number { text-align: right; }
 td small { display: block; color: var(--muted); font-size: 0.8rem; }
 td .best { font-weight: 680; }
@@ -250,9 +249,9 @@ _FRAME = """<!doctype html>
 _PIECES = {
     "figure": """<figure><img src="{{ uri }}" alt="{{ alt }}"{% if lazy %} loading="lazy"{% endif %}>
 <figcaption>{{ caption }}</figcaption></figure>""",
-    "table": """<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">
+    "table": """{% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">
 <table{% if sortable %} class="sortable"{% endif %}>
-{%- if caption %}<caption><span>{{ caption }}</span></caption>{% endif %}
 <thead><tr>{% for name, kind in columns %}<th scope="col"{% if kind == "number" %} class="number"{% endif %}>
 {%- if sortable %}<button type="button">{{ name }}</button>{% else %}{{ name }}{% endif %}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value, text in row %}

@@ -98,7 +98,7 @@ def scaled_figure(evaluation: Evaluation, model: str) -> Figure | None:
         text += f"; the best other method is {method_style(others.idxmax()).label} with {others.max():.2f}"
     caption = (
         f"From the mean of the evaluated perturbations (0; it has seen the test cells) to a replicate (1), {text}. "
-        "Bars: 95 % over perturbations."
+        "Bars: 95 % over perturbations; what lies below -1 is drawn there."
     )
     return Figure("scaled", drawing, caption, f"Dot plot of scaled scores by method. {caption}")
 
@@ -153,7 +153,7 @@ def strata_figure(strata: pd.DataFrame, model: str, by: str) -> Figure | None:
     if strata.empty:
         return None
     names, methods = list(dict.fromkeys(strata["stratum"])), list(dict.fromkeys(strata["method"]))
-    drawing, axes = new_axes(5.2, 3.1)
+    drawing, axes = new_axes(5.2, 3.1 + 0.18 * ((len(methods) + 1) // 2))
     panel = axes[0, 0]
     for number, method in enumerate(methods):
         style, rows = method_style(method), strata[strata["method"] == method].set_index("stratum").reindex(names)
@@ -162,14 +162,18 @@ def strata_figure(strata: pd.DataFrame, model: str, by: str) -> Figure | None:
         panel.plot(at, rows["mean"], style.marker, color=style.light, markersize=6, label=style.label)
     counts = strata.groupby("stratum")["n"].max()
     panel.set_xticks(range(len(names)), [f"{name}\n(n = {counts[name]:.0f})" for name in names])
-    panel.set_ylabel("mean score, 95 % interval")
+    panel.set_ylabel("mean score")
     panel.grid(axis="x", visible=False)
     drawing.legend(loc="outside lower center", ncols=2)
     own = strata[strata["method"] == model].set_index("stratum")["mean"]
     best = strata[strata["method"] != model].groupby("stratum")["mean"].max()
     ahead = [name for name in names if name in own and own[name] > best.get(name, np.inf)]
     where = f"in {len(ahead)} of {len(names)} strata" + (f" ({', '.join(map(str, ahead))})" if ahead else "")
-    caption = f"By {by.replace('_', ' ')}: {method_style(model).label} has the highest mean {where}."
+    name = PROPERTIES.get(by, by.replace("_", " ")).split(" (")[0]
+    caption = (
+        f"By {name}: {method_style(model).label} has the highest mean {where}. Bars: 95 % intervals; n: perturbations, "
+        "which count in every stratum that one of their cell types falls into."
+    )
     return Figure(f"strata_{by}", drawing, caption, f"Means with intervals by stratum. {caption}")
 
 # %% ../../nbs/evaluation/31_score_figures.ipynb #paired-figure

@@ -107,7 +107,7 @@ def condition_facts(group: RealCondition, perturbed: Profile, controls: Profile)
     ``effect_size`` is the root mean square over genes of the response, noise included; `reproducible_effect` is free of
     it. ``replicate`` is the ceiling of Pearson of delta.
     """
-    ceilings = split_half_scores(perturbed, controls, group.mean_response, group.weights, group.top)
+    ceilings = split_half_scores(perturbed, controls, group.mean_response)
     ceilings["energy_distance"] = half_energy_distance(group.cells, seed=group.seed)
     return {
         "n_cells": perturbed.n_cells,

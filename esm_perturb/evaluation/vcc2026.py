@@ -11,7 +11,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -136,10 +136,8 @@ class _Context:
         target_sum = store.record["target_sum"]
         return cls(conditions, controls, real, depth, target_sum, config, bundle, pd.DataFrame(ends).T)
 
-    def score(
-        self, cells: Mapping[str, np.ndarray], rng: np.random.Generator, draws: np.ndarray
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """metric, value, baseline, replicate, score of predicted log1p cells by perturbation; `resampled_scores`."""
+    def score(self, cells: Mapping[str, np.ndarray], rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """metric, value, baseline, replicate, score of predicted log1p cells; values of single perturbations (rows)."""
         from cell_eval2 import aggregate_metrics_wide, compute_metrics, score_metrics
         from cell_eval2.baseline import build_run_meta
 
@@ -156,7 +154,7 @@ class _Context:
         parts = pd.DataFrame(single.to_dict(as_series=False)).pivot(
             index="perturbation", columns="metric", values="value"
         )
-        return table, resampled_scores(parts.loc[[c.perturbation for c in self.conditions]], table, draws)
+        return table, parts.loc[[c.perturbation for c in self.conditions]]
 
 # %% ../../nbs/evaluation/19_vcc2026.ipynb #resampled-scores
 N_DRAWS = 2000
@@ -193,7 +191,7 @@ def resampled_scores(parts: pd.DataFrame, table: pd.DataFrame, draws: np.ndarray
     for column in members:
         row = table.iloc[column]
         spec = CATALOG[row["metric"]]
-        values = _resampled_values(parts, row["metric"], spec.derived, draws)
+        values = _resampled_values(parts, row["metric"], draws)
         policy = replace(spec.scoring, anchor=float(row["replicate"]), allow_negative_baseline=False)
         known = np.isfinite(values)
         scores[known, column] = [score_one(float(value), float(row["baseline"]), policy) for value in values[known]]
@@ -201,11 +199,24 @@ def resampled_scores(parts: pd.DataFrame, table: pd.DataFrame, draws: np.ndarray
     return pd.DataFrame(scores, columns=table["metric"].to_list())
 
 
-def _resampled_values(parts: pd.DataFrame, metric: str, ratio, draws: np.ndarray) -> np.ndarray:
-    """Mean of one member in each draw, or its ratio of sums, over perturbations that have a value."""
+def _terms(parts: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is summed above and below the line for one member, and which perturbations have both."""
+    from cell_eval2.catalog import CATALOG
+
+    ratio = CATALOG[metric].derived
     above = parts[ratio.numerator if ratio else metric].to_numpy(dtype=float)
     below = parts[ratio.denominator].to_numpy(dtype=float) if ratio else np.ones(len(parts))
-    known = np.isfinite(above) & np.isfinite(below)
+    return above, below, np.isfinite(above) & np.isfinite(below)
+
+
+def _valued(parts: pd.DataFrame, metrics: Iterable[str]) -> dict[str, set[str]]:
+    """The perturbations that have a value of each member."""
+    return {metric: set(parts.index[_terms(parts, metric)[2]]) for metric in metrics if metric != "avg_score"}
+
+
+def _resampled_values(parts: pd.DataFrame, metric: str, draws: np.ndarray) -> np.ndarray:
+    """Mean of one member in each draw, or its ratio of sums, over perturbations that have a value."""
+    above, below, known = _terms(parts, metric)
     total = draws[:, known] @ below[known]
     return np.divide(draws[:, known] @ above[known], total, out=np.full(len(draws), np.nan), where=total != 0)
 
@@ -286,10 +297,13 @@ def scaled_scores(
 
 
 class _Scored(NamedTuple):
-    """One context: each run's table, its `resampled_scores`, and how many perturbations each draw holds."""
+    """One context: each run's table, its `resampled_scores`, which perturbations have a value of each member, how many
+    perturbations there are, and how many each draw holds.
+    """
 
     tables: dict[tuple[str, int], pd.DataFrame]
     resampled: dict[tuple[str, int], pd.DataFrame]
+    valued: dict[tuple[str, int], dict[str, set[str]]]
     n: int
     drawn: np.ndarray
 
@@ -304,7 +318,7 @@ def _context_scores(
 ) -> tuple[_Scored | None, list[str]]:
     """The scores of all methods and training seeds in one context; None with the reason."""
     where, here = f"{conditions[0].dataset}.{conditions[0].cell_type}", draws[[c.perturbation for c in conditions]]
-    found = _Scored({}, {}, len(conditions), here.to_numpy().sum(axis=1))
+    found = _Scored({}, {}, {}, len(conditions), here.to_numpy().sum(axis=1))
     with tempfile.TemporaryDirectory() as folder:
         try:
             with _cell_eval2():
@@ -313,7 +327,9 @@ def _context_scores(
                 rows, rng = predicted_rows(predicted), np.random.default_rng([seed, number])
                 cells = {c.perturbation: predicted_cells(run[0], predicted, c, rows) for c in conditions}
                 with _cell_eval2():
-                    found.tables[run], found.resampled[run] = context.score(cells, rng, here.to_numpy())
+                    table, parts = context.score(cells, rng)
+                    found.tables[run], found.valued[run] = table, _valued(parts, table["metric"])
+                    found.resampled[run] = resampled_scores(parts, table, here.to_numpy())
                 bar.update()
         except _Undefined as error:
             return None, [f"The scaled score was left out for {where}; cell-eval2 says: {error}."]
@@ -338,7 +354,11 @@ def _average(scored: list[_Scored], n_names: int) -> pd.DataFrame:
             resampled = [context.resampled[run].reindex(columns=metrics) for context in scored]
             draws.append(_weighted(np.stack(resampled), drawn))
         table = pd.DataFrame(np.mean(values, axis=0), columns=numbers).assign(method=method, metric=metrics)
-        table[["low", "high"]] = [_bounds(column, n_names) for column in np.mean(draws, axis=0).T]
+        valued = {m: set().union(*(c.valued[method, 0].get(m, set()) for c in scored)) for m in metrics[:-1]}
+        n_valued = [len(names) for names in valued.values()]
+        n_valued.append(n_names if min(n_valued) > 1 else 0)
+        resampled = np.mean(draws, axis=0).T
+        table[["low", "high"]] = [_bounds(column, n) for column, n in zip(resampled, n_valued, strict=True)]
         rows.append(table)
     return pd.concat(rows, ignore_index=True)[_COLUMNS]
 
@@ -352,6 +372,6 @@ def _weighted(scores: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     )
 
 
-def _bounds(draws: np.ndarray, n_names: int) -> tuple[float, float]:
-    """95 % interval of resampled scores; NaN where none could be scored."""
-    return expanded_quantiles(draws, n_names) if np.isfinite(draws).any() else (float("nan"), float("nan"))
+def _bounds(draws: np.ndarray, n: int) -> tuple[float, float]:
+    """95 % interval of resampled scores; NaN with a value from fewer than two perturbations."""
+    return expanded_quantiles(draws, n) if n > 1 and np.isfinite(draws).any() else (float("nan"), float("nan"))

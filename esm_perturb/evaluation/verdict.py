@@ -289,7 +289,10 @@ def _tiles(evaluation: Evaluation, model: str, audits: list[str]) -> list[dict]:
     if np.isfinite(scaled["score"]):
         drawing = _scale_drawing(scaled)
         members = evaluation.scaled.query("method == @model and metric != 'avg_score'")["metric"].nunique()
-        text = f"Average of vcc2026's {members} members, each scaled between the two anchors."
+        text = (
+            f"Average of vcc2026's {members} members, each scaled between the two anchors. Read it beside the variance "
+            "ratio: cells that are too alike can gain."
+        )
         if np.isfinite(scaled["low"]):
             beside = f"{number(scaled['low'], 2)} to {number(scaled['high'], 2)}"
     value = number(scaled["score"], 2) if np.isfinite(scaled["score"]) else "–"
