@@ -1,5 +1,6 @@
 """Perplexity and what stands beside it: known answers, brute force, fair-esm, bad input, and files killed half-way."""
 
+import copy
 import gzip
 import json
 import math
@@ -174,7 +175,7 @@ def test_batches_keep_to_the_token_budget(model, proteins, monkeypatch):
         network = opened(model, settings)
         return type("Watched", (), {
             "device": network.device,
-            "__call__": lambda self, packed: sizes.append(packed.lengths) or network(packed),
+            "__call__": lambda self, packed, at: sizes.append(packed.lengths) or network(packed, at=at),
         })()  # fmt: skip
 
     monkeypatch.setattr(perplexity_module, "open_network", watched)
@@ -192,10 +193,10 @@ def test_memory_that_runs_out_halves_the_batch_and_costs_one_sequence_at_most(mo
     def small(model, settings):
         network = opened(model, settings)
 
-        def forward(self, packed):
+        def forward(self, packed, at):
             if len(packed.ids) > 64:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return network(packed)
+            return network(packed, at=at)
 
         return type("Small", (), {"device": network.device, "__call__": forward})()
 
@@ -394,6 +395,31 @@ def test_the_nearest_reference_is_found_among_thousands(monkeypatch):
         monkeypatch.setattr(sequence_quality, "_MOST_PAIRS", most)
         nearest, distance = nearest_reference(changed, reference)
         assert nearest.tolist() == chosen.tolist() and (distance <= 0.3).all()
+    strangers = ["".join(rng.choice(list(AMINO_ACIDS), size=80)) for _ in range(30)]
+    bound = nearest_reference(strangers, reference)[1]
+    monkeypatch.setattr(sequence_quality, "_MOST_PAIRS", 10**6)
+    excess = bound - nearest_reference(strangers, reference)[1]
+    assert (excess >= 0).all() and 0 < excess.mean() < 0.035  # with one candidate instead of thirty it is 0.05
+
+
+def test_a_damaged_model_is_no_lack_of_memory(model):
+    damaged = copy.deepcopy(model)
+    next(damaged.network.esm.encoder.layer[0].parameters()).data.fill_(float("nan"))
+    with pytest.raises(InputError, match="are not numbers"):
+        ESMEvaluator(damaged).score(["MKTAYIAKQRQISFVKSHFSR"])
+
+
+def test_pairs_for_diversity_are_drawn_evenly_and_without_a_list_of_all():
+    names = ["A" * n for n in range(1, 61)]
+    rng, seen = np.random.default_rng(0), []
+    original = sequence_quality.normalized_distance
+    sequence_quality.normalized_distance = lambda a, b: seen.append((len(a), len(b))) or original(a, b)
+    try:
+        value, n_pairs = sequence_quality._diversity(names, rng, 1700)
+    finally:
+        sequence_quality.normalized_distance = original
+    assert n_pairs == len(set(seen)) == 1700 and all(1 <= a < b <= 60 for a, b in seen)
+    assert value == pytest.approx(np.mean([1 - a / b for b in range(1, 61) for a in range(1, b)]), abs=0.01)
 
 
 def test_sets_are_measured_as_seqme_measures_them(model):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import expm
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 
 from esm_perturb.core.config import InputError
 from esm_perturb.proteins.denoiser import Denoiser
@@ -151,6 +151,29 @@ def test_first_hitting_is_exact_with_a_call_a_residue():
     drawn = sample(oracle, 4000, predictor="first_hitting", generator=rank_generator(4, 0, 0), batch_size=4000)
     assert p_value(drawn.sequences, PROTEINS) > 1e-3
     assert drawn.n_network_calls == 3
+
+
+def test_first_hitting_asks_at_the_time_of_each_change_and_lifts_any_mask():
+    """With k masks left at time t, the next is lifted at s with chance 1 - ((1 - alpha(s)) / (1 - alpha(t)))^k."""
+    asked, lifted = [], []
+
+    class Witness:
+        process, max_length, device, noise = "absorbing", 4, torch.device("cpu"), noise_schedule("cosine")
+
+        def denoise(self, tokens, lengths, t):
+            asked.append((t.double(), (tokens == MASK).sum(1)))
+            lifted.append((tokens != MASK).float().mean(0))
+            return torch.full((*tokens.shape, 20), math.log(0.05))
+
+    options = {"lengths": [4] * 3000, "generator": rank_generator(8, 0, 0), "batch_size": 3000}
+    sample(Witness(), 3000, predictor="first_hitting", **options)
+    before = 1 - Witness.noise.alpha(torch.ones(3000, dtype=torch.float64))
+    for number, (t, masks) in enumerate(asked):
+        assert (masks == 4 - number).all()
+        share = 1 - Witness.noise.alpha(t)
+        assert kstest((share / before) ** (4 - number), "uniform").pvalue > 1e-3
+        before = share
+    assert len(asked) == 4 and (lifted[1] - 0.25).abs().max() < 0.04
 
 
 def test_temperature():

@@ -18,8 +18,8 @@ import torch
 
 from ..core import trainer as lightning
 from ..core.averaging import WeightAverage
-from ..core.config import InputError, MissingFileError, to_dict
-from ..core.files import provenance, sha256_file, sha256_text, to_json, write_json
+from ..core.config import InputError, to_dict
+from ..core.files import provenance, sha256_text, to_json, write_json
 from ..core.fitting import fit
 from ..core.processes import device_type, rank, resolve_precision, world
 from esm_perturb.core.training_run import (
@@ -69,27 +69,12 @@ def prepare_proteins(config: ProteinConfig) -> Prepared:
         raise InputError("no proteins to learn from: give data.files, FASTA or JSONL files or a tokenised folder.")
     if len(data.files) == 1 and Path(data.files[0]).is_dir():
         store = TokenStore.open(data.files[0])
-    elif config.output_dir:
-        store = _tokenised_once(config)
     else:
         store = tokenise(data.files, sequence_key=data.sequence_key)
     splits = split_proteins(store, data, seed=config.training.seed)
     counts = {key: value for key, value in splits.record.items() if isinstance(value, int)}
     _log.info("proteins: %s", ", ".join(f"{key} {value:,}" for key, value in counts.items()))
     return Prepared(store, splits)
-
-
-def _tokenised_once(config: ProteinConfig) -> TokenStore:
-    """The proteins of a run, read into its folder by whoever comes first and mapped by all others."""
-    data = config.data
-    for file in data.files:
-        if not Path(file).is_file():
-            raise MissingFileError(f"Protein file '{file}' does not exist.")
-    contents = [sha256_file(file) for file in data.files]
-    folder = Path(config.output_dir) / f"tokens_{sha256_text(to_json([contents, data.sequence_key]))[:12]}"
-    if not (folder / "record.json").is_file():  # written last
-        tokenise(data.files, folder, sequence_key=data.sequence_key)
-    return TokenStore.open(folder)
 
 
 def new_model(config: ProteinConfig, prepared: Prepared) -> DiffusionModel:

@@ -105,13 +105,16 @@ def _open(folder: Path) -> TokenStore:
     for name in ("record.json", "offsets.npy", "tokens.bin"):
         if not (folder / name).is_file():
             raise MissingFileError(f"'{folder}' holds no tokenised proteins: it has no {name}.")
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"'{folder}' is damaged: record.json or offsets.npy cannot be read; tokenise anew.") from error
     if record.get("alphabet") != AMINO_ACIDS:
         raise InputError(f"'{folder}' has the alphabet {record.get('alphabet')!r}, and {AMINO_ACIDS} is needed.")
-    offsets = np.load(folder / "offsets.npy", allow_pickle=False)
     n_residues = (folder / "tokens.bin").stat().st_size
     if offsets.ndim != 1 or offsets[0] != 0 or offsets[-1] != n_residues or (np.diff(offsets) < 1).any():
-        raise InputError(f"'{folder}' is damaged: its offsets do not fit its {n_residues} residues; make it anew.")
+        raise InputError(f"'{folder}' is damaged: its offsets do not fit its {n_residues} residues; tokenise anew.")
     return TokenStore(np.memmap(folder / "tokens.bin", dtype=np.uint8, mode="r"), offsets, record)
 
 # %% ../../nbs/proteins/65_diffusion_data.ipynb #tokens-or-why

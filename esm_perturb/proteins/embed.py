@@ -207,10 +207,11 @@ class _Padded:
         self.arithmetic, self.attention = "float32", "fair-esm's own"
 
     @torch.inference_mode()
-    def __call__(self, packed: Packed, layer: int = -1) -> Tensor:
+    def __call__(self, packed: Packed, layer: int = -1, at: Tensor | None = None) -> Tensor:
         rows = torch.nn.utils.rnn.pad_sequence(packed.ids.split(packed.lengths), batch_first=True, padding_value=PAD)
         mask = torch.arange(rows.shape[1]) < torch.tensor(packed.lengths)[:, None]
-        return self.model.hidden(rows, mask, layer=layer)[mask.to(self.device)].float()
+        states = self.model.hidden(rows, mask, layer=layer)[mask.to(self.device)].float()
+        return states if at is None else states[at.to(self.device)]
 
 
 def open_network(model: ESM2, settings: EmbedSettings) -> PackedESM2 | _Padded:

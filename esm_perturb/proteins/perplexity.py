@@ -85,6 +85,11 @@ def residue_nll(
     -------
     list of ndarray
         Nats, float64, (n_positions,) per row; NaN for a row that the GPU's memory does not hold alone.
+
+    Raises
+    ------
+    InputError
+        When the model's probabilities are not numbers.
     """
     half = next(model.parameters()).dtype == torch.bfloat16
     network, head = (
@@ -101,11 +106,14 @@ def residue_nll(
         ids = packed.ids.index_fill(0, places, MASK) if hide else packed.ids
         try:
             hidden = network(Packed(ids, packed.lengths), at=places)
-            return _nll_at(head(hidden.to(next(head.parameters()).dtype)), packed.ids[places], aa_only=aa_only).cpu()
+            nll = _nll_at(head(hidden.to(next(head.parameters()).dtype)), packed.ids[places], aa_only=aa_only).cpu()
         except torch.OutOfMemoryError:
             if len(rows) > 1:
                 raise
             return torch.full((len(places),), math.nan, dtype=torch.float64)
+        if torch.isnan(nll).any():
+            raise InputError("The model's probabilities are not numbers: its checkpoint is damaged, use another one.")
+        return nll
 
     values: list[np.ndarray] = [np.empty(0)] * len(sequences)
     budget = batch_tokens or _BATCH_TOKENS.get(network.device.type, 4096)

@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from .forward_process import MASK, PAD
 from .rank_streams import rank_generator
 from .sampling import PosteriorModel, sample
 from .scoring_report import CLASSES, coloured
-from .sequence_quality import amino_acid_divergence, nearest_reference
+from .sequence_quality import amino_acid_divergence, compares_all, nearest_reference
 from .sequences import AMINO_ACIDS
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ def perplexity_finding(samples: pd.DataFrame, esm_model: str = "") -> str:
     by_step = means.groupby("step").mean()
     first, last = by_step.index[0], by_step.index[-1]
     apart = means.loc[last].max() - means.loc[last].min()
+    between = f"; there the ranks' means lie {apart:.2f} apart" if len(means.loc[last]) > 1 else ""
     return (
-        f"Mean ESM2 perplexity{by}: {by_step[first]:.2f} at step {first}, {by_step[last]:.2f} at step {last}; "
-        f"there the ranks' means lie {apart:.2f} apart. {caution}"
+        f"Mean ESM2 perplexity{by}: {by_step[first]:.2f} at step {first}, {by_step[last]:.2f} at step {last}"
+        f"{between}. {caution}"
     )
 
 # %% ../../nbs/proteins/76_sampling_report.ipynb #composition
@@ -110,6 +111,7 @@ def natural_figure(sequences: Sequence[str], natural: Sequence[str]) -> "Figure"
         left.hist(sizes, bins, density=True, histtype="step", linewidth=1.6, color=color, label=name)
         right.bar(np.arange(20) + shift, 100 * composition(several), 0.4, color=color, label=name)
     left.set(xlabel="residues", ylabel="density")
+    left.legend(frameon=False)
     right.set(ylabel="share of residues (%)", xticks=range(20), xticklabels=list(AMINO_ACIDS))
     right.legend(frameon=False)
     return figure
@@ -122,14 +124,22 @@ def nearest_natural(sequences: Sequence[str], natural: Sequence[str]) -> pd.Data
 
 # %% ../../nbs/proteins/76_sampling_report.ipynb #trajectory-figure
 def trajectory_figure(
-    model: PosteriorModel, *, seed: int = 0, length: int = 0, steps: int = 100, predictor: str = "analytic"
+    model: PosteriorModel,
+    *,
+    seed: int = 0,
+    length: int = 0,
+    steps: int = 100,
+    predictor: str = "analytic",
+    temperature: float = 1.0,
+    fixed: Mapping[int, str] | str | None = None,
 ) -> "Figure":
     """Share of residues that noise leaves alone over time, and one drawing of `length` residues (0: drawn)."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
     lengths = [length] if length else None
-    options = {"steps": steps, "predictor": predictor, "generator": rank_generator(seed, 0, 0)}
+    options = {"steps": steps, "predictor": predictor, "temperature": temperature, "fixed": fixed}
+    options |= {"generator": rank_generator(seed, 0, 0)}
     drawn = sample(model, 1, lengths=lengths, keep_trajectory=True, **options)
     kinds = {letter: number for number, name in enumerate(CLASSES) for letter in CLASSES[name][0]}
     codes = np.array([*(kinds[letter] for letter in AMINO_ACIDS), len(CLASSES)])  # the last one is MASK
@@ -138,7 +148,7 @@ def trajectory_figure(
     t = torch.linspace(0, 1, 200, dtype=torch.float64)
     left.plot(model.noise.alpha(t), t, color=_COLORS[0])
     left.set(xlabel=f"share without noise ({model.noise.name})", ylabel="time t", xlim=(0, 1), ylim=(0, 1))
-    colors = ListedColormap([*(color for _, color in CLASSES.values()), "#d5dbe1"])
+    colors = ListedColormap([*(color for _, color in CLASSES.values()), "#4a5560"])
     place = {"extent": (0, picture.shape[1], 0, 1), "interpolation": "nearest", "aspect": "auto"}
     right.imshow(picture, cmap=colors, vmin=-0.5, vmax=len(CLASSES) + 0.5, **place)
     right.set(xlabel="residue", yticks=[])
@@ -203,6 +213,8 @@ def sampling_report(
     model: PosteriorModel | None = None,
     steps: int = 100,
     predictor: str = "analytic",
+    temperature: float = 1.0,
+    fixed: Mapping[int, str] | str | None = None,
     esm_model: str = "",
     title: str = "Sampled proteins",
     n_shown: int = 5,
@@ -222,7 +234,7 @@ def sampling_report(
         What they are, for the caption.
     model
         For the noise schedule and one trajectory; None leaves them out.
-    steps, predictor
+    steps, predictor, temperature, fixed
         Of that trajectory, as in `sampling.sample`.
     esm_model
         Name of the ESM2 that scored the samples.
@@ -251,19 +263,24 @@ def sampling_report(
     caption = (
         f"{'Samples of the last step' if samples['step'].nunique() > 1 else 'Samples'}: median length {sizes[0]:.0f}, "
         f"natural proteins ({natural_name or f'{len(natural):,}'}) {sizes[1]:.0f}; residue frequencies "
-        f"diverge by {divergence:.3f} nats. Median identity with the nearest natural protein: "
+        f"diverge by {divergence:.3f} nats. Median identity with the nearest natural protein"
+        f"{'' if compares_all(last['sequence'], natural) else ' (at least)'}: "
         f"{100 * last['identity'].median():.0f}%, highest {100 * last['identity'].max():.0f}%."
     )
     body.append(_figure_html(natural_figure(sequences, natural), caption))
-    few = len(last) <= 2 * n_shown
-    shown = {"Sequences": last} if few else {"Best sequences": last[:n_shown], "Worst sequences": last[-n_shown:]}
+    scored = last.dropna(subset="perplexity")
+    few = len(scored) <= 2 * n_shown
+    ends = {"Best sequences": scored[:n_shown], "Worst sequences": scored[-n_shown:]}
+    shown = {"Sequences": last[: 2 * n_shown]} if few else ends
     for name, rows in shown.items():
         body.append(f"<h2>{name}</h2>{_legend()}{_sequence_table(rows)}")
     if model is not None:
         body.append("<h2>From noise to a protein</h2>")
         how = predictor if predictor == "first_hitting" else f"{predictor}, {steps} steps"
+        how += f", temperature {temperature:g}" if temperature != 1 else ""
         caption = f"Left: the noise schedule. Right: one drawing ({how}), from noise (top) to a protein (bottom)."
-        figure = trajectory_figure(model, seed=seed, steps=steps, predictor=predictor)
+        options = {"steps": steps, "predictor": predictor, "temperature": temperature, "fixed": fixed}
+        figure = trajectory_figure(model, seed=seed, **options)
         body.append(_figure_html(figure, caption))
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'

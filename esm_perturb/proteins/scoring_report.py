@@ -212,7 +212,8 @@ def scoring_report(
         body += [_figure(draw_perplexities, scored), _figure(draw_entropy, scored)]
         body += [_figure(draw_composition, sample, reference), f"<h2>The set ({len(sample)} sequences)</h2>"]
         measures = quality_summary(sample, reference=reference).items()
-        cells = "".join(f"<tr><td>{name.replace('_', ' ')}</td><td>{value:.4g}</td></tr>" for name, value in measures)
+        measures = {name.replace("_", " "): x if isinstance(x, str) else f"{x:.4g}" for name, x in measures}
+        cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in measures.items())
         ordered = scored.sort_values("perplexity", kind="stable")
         key = " ".join(f'<span style="background:{colour}">{name}</span>' for name, (_, colour) in CLASSES.items())
         body += [f"<table>{cells}</table>", f"<h2>Lowest perplexity</h2><p>{key}</p>", _rows(ordered.head(5))]

@@ -42,6 +42,8 @@ def text_lines(path: str | Path, what: str = "file") -> Iterator[tuple[int, str]
         While reading, at the place where the file is cut short, damaged, or not UTF-8.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{what[0].upper()}{what[1:]} '{path}' is a folder: name a file in it.")
     if not path.is_file():
         raise MissingFileError(f"{what[0].upper()}{what[1:]} '{path}' does not exist.")
     with path.open("rb") as handle:

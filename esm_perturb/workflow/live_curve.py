@@ -40,7 +40,8 @@ def learning_curve(metrics: pd.DataFrame, *, monitor: str = "val_pearson_delta")
     """
     figure = plt.figure(figsize=(9, 3.2), layout="constrained")
     plt.close(figure)  # shown where it is returned, and not again at the end of the cell
-    for axis, columns in zip(figure.subplots(1, 2), (["train_loss", "val_loss"], ["val_pearson_delta"]), strict=True):
+    panels = [["train_loss", "val_loss"], *([["val_pearson_delta"]] if "val_pearson_delta" in metrics else [])]
+    for axis, columns in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         for column in (name for name in columns if name in metrics and metrics[name].notna().any()):
             points = metrics[["step", column]].dropna()
             axis.plot(points["step"], points[column], color=_COLOURS[column], label=_LABELS[column], linewidth=1.4)

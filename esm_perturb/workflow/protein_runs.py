@@ -197,6 +197,8 @@ def draw_proteins(
     from esm_perturb.proteins.sampling import draw_unique, sample
     from esm_perturb.proteins.sampling_callback import COLUMNS, sample_rows
 
+    if seed < 0:
+        raise InputError(f"seed={seed} must be 0 or more.")
     if n < 1 or length < 0:
         raise InputError(
             f"Asked for {n} proteins of length {length}: give at least one protein, and 0 or more residues."
