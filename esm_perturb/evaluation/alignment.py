@@ -137,7 +137,7 @@ def check_values(predicted: "AnnData", real: Level, scale: str, method: str, blo
             f"{method} has {found} and the test cells (log1p) have mean {real.mean:.3g}: predict on the scale of "
             "the data; counts have to be normalised to its target sum and log1p-transformed"
         )
-    if 0.8 <= share <= 1.25:
+    if 0.5 <= share <= 1.25:
         return None
     return (
         f"{method}: its cells hold {share:.2f} times the counts of real ones (exp(x) - 1, summed): log2 values or "
@@ -232,11 +232,12 @@ def align(
         seeds = [given] if hasattr(given, "obs") else list(given)
         if not seeds:
             raise InputError(f"no predictions were given for {method}: predict with it, or leave it out")
-        aligned[method] = []
+        aligned[method], doubts = [], []
         for adata in seeds:
             adata, note = align_genes(adata, real.gene_names, method)
             rows, odd = match_conditions(adata, real, method)
             doubt = check_values(adata, level, real.scale, method)
             aligned[method].append(Predicted(adata, rows))
-            notes += [*([note] if note else []), *([doubt] if doubt else []), *odd]
+            doubts += [doubt] if doubt else []
+            notes += [*([note] if note else []), *doubts[:1], *odd]
     return aligned, list(dict.fromkeys(notes))
