@@ -69,17 +69,17 @@ def split_half_scores(perturbed: Profile, controls: Profile, mean_response: np.n
     Parameters
     ----------
     perturbed, controls : Profile
-        Real cells of the condition, real controls of its context; each half has its own controls.
+        Real cells of the condition, real controls of its context.
     mean_response : ndarray, float64 (n_genes,)
         Mean training response of the context; with the mean of the controls it is Systema's reference.
 
     Returns
     -------
     dict
-        pearson_delta, systema_pearson_delta, mse, mae; NaN with fewer than two cells or controls.
+        pearson_delta, systema_pearson_delta, mse, mae; NaN with fewer than two cells.
     """
-    cells, reference = list(perturbed.halves), controls.mean + mean_response
-    responses, specific = perturbed.halves - controls.halves, perturbed.halves - reference
+    cells = list(perturbed.halves)
+    responses, specific = perturbed.halves - controls.mean, perturbed.halves - (controls.mean + mean_response)
     return {
         "pearson_delta": spearman_brown(float(np.mean([correlation(a, b) for a, b in responses]))),
         "systema_pearson_delta": spearman_brown(float(np.mean([correlation(a, b) for a, b in specific]))),
