@@ -43,7 +43,7 @@ def text_lines(path: str | Path, what: str = "file") -> Iterator[tuple[int, str]
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{what[0].upper()}{what[1:]} '{path}' is a folder: name a file in it.")
+        raise MissingFileError(f"{what[0].upper()}{what[1:]} '{path}' is a folder: name a file in it.")
     if not path.is_file():
         raise MissingFileError(f"{what[0].upper()}{what[1:]} '{path}' does not exist.")
     with path.open("rb") as handle:
