@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 0
 SHELL := /bin/bash
 
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline REALDATA="$(abspath $(REALDATA))" $(BIN)/python -m pytest
-OF_COMMANDS := $(addprefix tests/test_,check.py documented.py pipelines.py zero_shot.py)
+OF_COMMANDS := $(addprefix tests/test_,check.py pipelines.py zero_shot.py)
 
 .PHONY: help install install-dev demo test check readme lab realdata clean
 help:
